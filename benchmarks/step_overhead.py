@@ -1,0 +1,371 @@
+"""What a training step costs over a raw PyTorch loop: holdfast, Lightning and Accelerate in one run.
+
+    python benchmarks/step_overhead.py
+    python benchmarks/step_overhead.py --only raw holdfast-bare --rounds 15
+    python benchmarks/step_overhead.py --profile holdfast-bare
+
+Every contender trains one epoch of the same tiny network on the same kind of loader, and the clock is read
+inside its training step: at the first batch after the warm-up and at the last one. The contenders of a round
+run in random order, and a ratio is taken within its round, so a machine that slows down for a while slows
+both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import gc
+import json
+import logging
+import os
+import platform
+import pstats
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch.nn import functional
+from workload import Timing, Workload
+
+Contender = Callable[[Workload, str], None]
+
+
+def train_raw(work: Workload, own_dataset: bool) -> None:
+    model, loader, watch = work.network(), work.loader(own_dataset=own_dataset), work.stopwatch
+    optimizer = work.make_optimizer(model.parameters())
+    model.train()
+    for batch_idx, (inputs, labels) in enumerate(loader):
+        watch.tick(batch_idx)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+
+
+def train_accelerate(work: Workload) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = work.network()
+    model, optimizer, loader = accelerator.prepare(
+        model, work.make_optimizer(model.parameters()), work.loader()
+    )
+    watch = work.stopwatch
+    model.train()
+    for batch_idx, (inputs, labels) in enumerate(loader):
+        watch.tick(batch_idx)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+
+
+def make_module(pl: Any, work: Workload, log: dict[str, Any] | None) -> Any:
+    """The same LightningModule, written once, for whichever package ``pl`` is."""
+
+    class TinyModule(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = work.network()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            work.stopwatch.tick(batch_idx)
+            inputs, labels = batch
+            loss = functional.cross_entropy(self.network(inputs), labels)
+            if log is not None:
+                self.log("loss", loss, **log)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return work.make_optimizer(self.parameters())
+
+    return TinyModule()
+
+
+BARE = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+def train_module(
+    pl: Any,
+    work: Workload,
+    root: str,
+    log: dict[str, Any] | None,
+    *,
+    bare: bool = True,
+    own_dataset: bool = False,
+) -> None:
+    switches = BARE if bare else {}
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=root, **switches)
+    trainer.fit(make_module(pl, work, log), work.loader(own_dataset=own_dataset))
+
+
+def package(name: str) -> Any:
+    if name == "holdfast":
+        import holdfast
+
+        return holdfast
+    import lightning.pytorch
+
+    return lightning.pytorch
+
+
+def module_contender(name: str, log: dict[str, Any] | None = None, **options: bool) -> Contender:
+    return lambda work, root: train_module(package(name), work, root, log, **options)
+
+
+ON_STEP: dict[str, Any] = {"on_step": True, "on_epoch": False}
+ON_BOTH: dict[str, Any] = {"on_step": True, "on_epoch": True}
+ON_BAR: dict[str, Any] = {"prog_bar": True}
+
+CONTENDERS: dict[str, Contender] = {
+    "raw": lambda work, root: train_raw(work, own_dataset=False),
+    "raw-own-dataset": lambda work, root: train_raw(work, own_dataset=True),
+    "accelerate": lambda work, root: train_accelerate(work),
+    "lightning-bare": module_contender("lightning"),
+    "lightning-log": module_contender("lightning", ON_STEP),
+    "lightning-defaults": module_contender("lightning", ON_BAR, bare=False),
+    "holdfast-bare": module_contender("holdfast"),
+    "holdfast-log": module_contender("holdfast", ON_STEP),
+    "holdfast-log-epoch": module_contender("holdfast", ON_BOTH),
+    "holdfast-defaults": module_contender("holdfast", ON_BAR, bare=False),
+    "holdfast-own-dataset": module_contender("holdfast", own_dataset=True),
+}
+TARGETS = {
+    "holdfast-bare": 1.10,
+    "holdfast-log": 1.15,
+    "holdfast-log-epoch": 1.15,
+    "holdfast-defaults": 1.30,
+    "holdfast-own-dataset": 1.30,
+}
+
+
+def baseline_of(name: str) -> str:
+    return "raw-own-dataset" if name.endswith("own-dataset") else "raw"
+
+
+@contextlib.contextmanager
+def quiet_terminal() -> Iterator[None]:
+    """Points stdout and stderr at a pseudo-terminal that a child process drains.
+
+    A progress bar draws itself only on a terminal; into a pipe it would cost less than it does in use.
+    """
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    drain = subprocess.Popen(
+        [sys.executable, "-c", "import os\nwhile os.read(0, 65536): pass"],
+        stdin=leader,
+        stderr=subprocess.DEVNULL,
+    )
+    saved = [os.dup(1), os.dup(2)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.dup2(follower, 1)
+        os.dup2(follower, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for target, fd in enumerate(saved, start=1):
+            os.dup2(fd, target)
+            os.close(fd)
+        os.close(follower)
+        os.close(leader)
+        drain.kill()
+        drain.wait()
+
+
+def run_once(name: str, work: Workload) -> Timing:
+    watch = work.restart()
+    torch.manual_seed(0)
+    gc.collect()
+    with tempfile.TemporaryDirectory() as root, quiet_terminal():
+        CONTENDERS[name](work, root)
+    return watch.result()
+
+
+def measure(
+    names: list[str], work: Workload, rounds: int, shuffler: random.Random
+) -> dict[str, list[Timing]]:
+    """One timing a round for each name, in another random order each round, after an unrecorded round."""
+    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    for round_number in range(rounds + 1):
+        for name in shuffler.sample(names, len(names)):
+            timing = run_once(name, work)
+            if round_number > 0:
+                timings[name].append(timing)
+        if sys.stderr.isatty():
+            print(
+                f"\rround {round_number} of {rounds}",
+                end="\n" if round_number == rounds else "",
+                file=sys.stderr,
+            )
+    return timings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ratios are medians of the per-round ratios to the baseline."""
+
+    name: str
+    wall_us: float
+    wall_ratio: float
+    cpu_ratio: float
+    lowest_ratio: float
+    highest_ratio: float
+    target: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.target is None:
+            return ""
+        return "pass" if self.wall_ratio <= self.target else "MISS"
+
+
+def summarize(timings: dict[str, list[Timing]]) -> list[Row]:
+    rows = []
+    for name, own in timings.items():
+        base = timings[baseline_of(name)]
+        wall = [mine.wall_us / raw.wall_us for mine, raw in zip(own, base, strict=True)]
+        cpu = [mine.cpu_us / raw.cpu_us for mine, raw in zip(own, base, strict=True)]
+        wall_us = statistics.median(timing.wall_us for timing in own)
+        rows.append(
+            Row(
+                name,
+                wall_us,
+                statistics.median(wall),
+                statistics.median(cpu),
+                min(wall),
+                max(wall),
+                TARGETS.get(name),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| contender | us a step | ratio | lowest - highest | ratio, CPU time | target | |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        target = "" if row.target is None else f"<= {row.target:.2f}"
+        spread = f"{row.lowest_ratio:.2f} - {row.highest_ratio:.2f}"
+        lines.append(
+            f"| {row.name} | {row.wall_us:.0f} | {row.wall_ratio:.2f} | {spread} | {row.cpu_ratio:.2f} "
+            f"| {target} | {row.verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def installed(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    packages = ("torch", "lightning", "accelerate", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: installed(name) for name in packages},
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "optimizer": arguments.optimizer,
+        "hidden": arguments.hidden,
+        "steps": arguments.steps,
+        "warmup": arguments.warmup,
+        "rounds": arguments.rounds,
+    }
+
+
+def profile(name: str, work: Workload, top: int) -> None:
+    """Prints where the time goes; cProfile inflates Python calls, so read it for order, not for size."""
+    run_once(name, work)
+    profiler = cProfile.Profile()
+    work.restart()
+    with tempfile.TemporaryDirectory() as root, quiet_terminal():
+        profiler.enable()
+        CONTENDERS[name](work, root)
+        profiler.disable()
+    for order in ("tottime", "cumulative"):
+        pstats.Stats(profiler).strip_dirs().sort_stats(order).print_stats(top)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="timed steps a run (default: %(default)s)")
+    parser.add_argument(
+        "--warmup", type=int, default=300, help="steps before the clock starts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--hidden", type=int, default=32, help="width of the hidden layer (default: %(default)s)"
+    )
+    parser.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the contenders")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CONTENDERS), help="measure these (and their baselines)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+    parser.add_argument(
+        "--profile", choices=list(CONTENDERS), help="profile one contender and measure nothing"
+    )
+    parser.add_argument("--top", type=int, default=30, help="lines of the profile (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def chosen(only: list[str] | None) -> list[str]:
+    """The contenders to run: those asked for with their baselines, less the peers not installed."""
+    names = list(CONTENDERS) if only is None else only
+    wanted = {*names, *(baseline_of(name) for name in names)}
+    missing = {name for name in ("lightning", "accelerate") if installed(name) == "not installed"}
+    return [name for name in CONTENDERS if name in wanted and name.split("-")[0] not in missing]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    work = Workload(arguments.warmup, arguments.steps, arguments.hidden, arguments.optimizer)
+    if arguments.profile:
+        profile(arguments.profile, work, arguments.top)
+        return 0
+    timings = measure(chosen(arguments.only), work, arguments.rounds, random.Random(arguments.seed))
+    rows = summarize(timings)
+    if arguments.json:
+        raw = {name: [asdict(timing) for timing in own] for name, own in timings.items()}
+        table_rows = [{**asdict(row), "verdict": row.verdict} for row in rows]
+        print(
+            json.dumps({"environment": environment(arguments), "rows": table_rows, "timings": raw}, indent=1)
+        )
+    else:
+        print(", ".join(f"{key} {value}" for key, value in environment(arguments).items()), end="\n\n")
+        print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""What a callback is, and what a callback that saves must promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from holdfast.training.module import LightningModule
+    from holdfast.training.trainer import Trainer
+
+STEP_OUTPUT = Union["Tensor", Mapping[str, Any], None]
+
+
+class Callback:
+    """Code that runs at named moments of a run; override the moments you need.
+
+    Only overridden hooks are called, so a callback costs nothing at the moments that it leaves alone.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """The name that this callback's state has in a checkpoint; unique among a trainer's callbacks."""
+        return type(self).__qualname__
+
+    def uses_hook(self, name: str) -> bool:
+        """Tell whether ``name`` has to be called on this callback; asked once, when a run starts."""
+        return name in self.__dict__ or getattr(type(self), name) is not getattr(Callback, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has to be in a checkpoint for this callback to go on as if never stopped."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` returned."""
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called while a checkpoint is put together; may change ``checkpoint``."""
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called with the whole checkpoint before a run goes on from it."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when any exception, a keyboard interrupt included, ends the run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when fit, validate, test or predict begins; ``stage`` is which."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when fit, validate, test or predict ends; ``stage`` is which."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when fit begins, before the sanity check."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when fit ends."""
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before the sanity check's validation batches."""
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after the sanity check's validation batches."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training begins, after the sanity check."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training ends."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a training epoch begins."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a training epoch ends, validation inside it included."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch begins."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a training batch ends."""
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Called before ``optimizer.zero_grad()``."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Called before ``loss.backward()``."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after ``loss.backward()``, before the optimizer steps."""
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Called before ``optimizer.step()``, with gradients unscaled and not yet clipped."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a validation run begins."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a validation run ends."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a validation epoch begins."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a validation epoch ends."""
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called when a validation batch begins."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called when a validation batch ends."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when testing begins."""
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when testing ends."""
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a test epoch begins."""
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a test epoch ends."""
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called when a test batch begins."""
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called when a test batch ends."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when prediction begins."""
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when prediction ends."""
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a prediction epoch begins."""
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a prediction epoch ends."""
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called when a prediction batch begins."""
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called when a prediction batch ends."""
+
+
+@dataclass
+class SavePlan:
+    """What one save shall be, decided at the safe point and unchanged from then on.
+
+    Args:
+        names: Absolute paths; the first is the file, the others are further names of the same content.
+        weights_only: Leave everything out that only resuming needs.
+        metrics: The values that belong to this moment, for the file's summary.
+        summary_extra: Plain values (as JSON has them) to put beside them in the summary.
+    """
+
+    names: tuple[str, ...]
+    weights_only: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    summary_extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoint(Callback):
+    """A callback that saves by itself: its hooks *request*, the loop saves at its one safe point.
+
+    A hook calls ``trainer.request_save(self)`` and returns. When every hook of that batch or epoch has
+    run, the loop goes through these calls, in this order:
+
+    1. ``plan_save(trainer)`` decides from the values of that moment. None: nothing to do. From here on
+       ``state_dict()`` gives the state as of *after* the plan's commit, so that the file holds it, while
+       the public attributes still show what is on disk.
+    2. The payload is captured and the save starts.
+    3. ``committed(trainer, plan, report)`` once the file is durable: publish, then delete what retention
+       evicts, then tell. Or ``rolled_back(trainer, plan)`` if the save failed: forget the plan.
+
+    Ranks: all of them make all of these calls; deciding values are the same everywhere, and only rank 0
+    touches files in ``committed``.
+    """
+
+    def plan_save(self, trainer: Trainer) -> SavePlan | None:
+        """Decide what to save now; None when there is nothing to do."""
+        return None
+
+    def committed(self, trainer: Trainer, plan: SavePlan, report: Any) -> None:
+        """Take note that the planned save is durable."""
+
+    def rolled_back(self, trainer: Trainer, plan: SavePlan) -> None:
+        """Forget the planned save: it failed, and what was on disk before is still what is on disk."""

@@ -1,0 +1,218 @@
+"""What checkpoints a directory holds, from the tails of the files alone and without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from holdfast.checkpoint import commit, container
+from holdfast.errors import CheckpointIncomplete, CheckpointNotFound, StorageError
+
+SUFFIX = ".ckpt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a checkpoint says about itself in its last kilobytes.
+
+    Attributes:
+        format: version of the file format.
+        step: optimizer steps taken, or None if the saver did not say.
+        epoch: the epoch, or None.
+        metrics: the numbers by which checkpoints are compared.
+        saved_at: seconds since 1970.
+        exact: whether a resume from it goes on bit-identically.
+        kind: "full", or "weights" if that is all it holds.
+        contents: the payload's top-level keys.
+        values: everything that the saver put into the summary.
+    """
+
+    format: int
+    step: int | None
+    epoch: int | None
+    metrics: dict[str, float]
+    saved_at: float
+    exact: bool
+    kind: str
+    contents: tuple[str, ...]
+    values: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One name in a directory that is, or should be, a checkpoint.
+
+    Attributes:
+        whole: its structure says that all of it is there; `load.load` checks every byte.
+        reason: why it is not whole, or None.
+        saved_at: seconds since 1970; the file's own time where no summary says it.
+        foreign: it was not written by holdfast (torch.save, PyTorch Lightning).
+    """
+
+    path: str
+    whole: bool
+    reason: str | None
+    step: int | None
+    epoch: int | None
+    metrics: dict[str, float]
+    saved_at: float
+    size_bytes: int
+    exact: bool
+    kind: str
+    foreign: bool
+
+
+def read_summary(path: str | os.PathLike[str]) -> Summary:
+    """Read what a checkpoint says about itself, from its tail alone.
+
+    Raises:
+        CheckpointNotFound: if there is no such file.
+        CheckpointIncomplete: if it is not a whole holdfast checkpoint.
+        StorageError: if it cannot be read.
+    """
+    name = os.fspath(path)
+    try:
+        return _summary_of(name)[0]
+    except container.NotWhole as problem:
+        raise CheckpointIncomplete(
+            f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.", path=name
+        ) from None
+    except FileNotFoundError as error:
+        raise CheckpointNotFound(f"There is no checkpoint {name}.", path=name) from error
+    except OSError as error:
+        raise commit.storage_error(name, "read", error) from error
+
+
+def scan(directory: str | os.PathLike[str], recursive: bool = False) -> list[Entry]:
+    """List the checkpoints in a directory, newest first, broken and foreign ones included.
+
+    Every name counts, so two names of one file are two entries (``os.path.samefile`` tells). Temporary files
+    are not listed.
+
+    Raises:
+        CheckpointNotFound: if there is no such directory.
+        StorageError: if it, or with ``recursive`` a directory below it, cannot be read.
+    """
+    top = os.fspath(directory)
+    found: list[Entry] = []
+    pending = [top]
+    while pending:
+        at = pending.pop()
+        try:
+            with os.scandir(at) as items:
+                for item in items:
+                    if recursive and item.is_dir(follow_symlinks=False):
+                        pending.append(item.path)
+                    elif _is_candidate(item):
+                        found.append(entry(item.path))
+        except FileNotFoundError as error:
+            if at == top:
+                raise CheckpointNotFound(f"There is no directory {top}.", path=top) from error
+        except OSError as error:
+            raise commit.storage_error(at, "read the directory", error) from error
+    found.sort(key=lambda e: (e.saved_at, -1 if e.step is None else e.step, e.path), reverse=True)
+    return found
+
+
+def _is_candidate(item: os.DirEntry[str]) -> bool:
+    if not item.name.endswith(SUFFIX) or commit.is_temporary(item.name):
+        return False
+    return not item.is_dir()  # a directory is another kind of checkpoint; a dangling link is a broken one
+
+
+def entry(path: str) -> Entry:
+    """Describe one file; never raises for a file that is broken.
+
+    Raises:
+        StorageError: if the file is there but cannot be read.
+    """
+    try:
+        summary, size = _summary_of(path)
+    except FileNotFoundError:
+        reason = "it is a link to a file that does not exist"
+        return Entry(path, False, reason, None, None, {}, 0.0, 0, False, "full", False)
+    except container.NotWhole as problem:
+        return _unlisted(path, problem)
+    except OSError as error:
+        raise commit.storage_error(path, "read", error) from error
+    return Entry(
+        path, True, None, summary.step, summary.epoch, summary.metrics, summary.saved_at, size,
+        summary.exact, summary.kind, False,
+    )  # fmt: skip
+
+
+def _summary_of(path: str) -> tuple[Summary, int]:
+    with open(path, "rb") as file:
+        tail = container.read_tail(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    return _summary(tail.summary), size
+
+
+def _summary(values: dict[str, Any]) -> Summary:
+    """Read the values forgivingly: a summary of another version may lack some, or mean more."""
+    about = {key: value for key, value in values.items() if key not in ("format", "records")}
+    step, epoch, saved_at = about.get("step"), about.get("epoch"), about.get("saved_at")
+    metrics = about.get("metrics")
+    contents = about.get("contents")
+    return Summary(
+        format=values["format"],
+        step=step if isinstance(step, int) else None,
+        epoch=epoch if isinstance(epoch, int) else None,
+        metrics=_numbers(metrics) if isinstance(metrics, dict) else {},
+        saved_at=float(saved_at) if isinstance(saved_at, (int, float)) else 0.0,
+        exact=about.get("exact") is True,
+        kind=str(about.get("kind", "full")),
+        contents=tuple(str(key) for key in contents) if isinstance(contents, list) else (),
+        values=about,
+    )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)  # "NaN" and "inf" stand as text: JSON has no such numbers
+        except (TypeError, ValueError):
+            continue
+    return found
+
+
+def _unlisted(path: str, problem: container.NotWhole) -> Entry:
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        reason: str | None = problem.reason
+        foreign = not problem.ours and not container.has_mark(file.fileno())
+        if foreign and container.is_zip(file.fileno()):
+            try:
+                container.find_directory(file.fileno(), status.st_size)
+                reason = None
+            except container.NotWhole as damage:
+                reason = damage.reason
+        elif foreign:
+            foreign = os.pread(file.fileno(), 1, 0) == b"\x80"
+            reason = "only loading it shows whether it is whole" if foreign else "it is not a checkpoint"
+    return Entry(
+        path, reason is None, reason, None, None, {}, status.st_mtime, status.st_size, False, "full", foreign
+    )
+
+
+def remove_stray_temp_files(directory: str | os.PathLike[str]) -> list[str]:
+    """Remove temporary files that a killed process left behind; return their names.
+
+    A file whose lock is held by a living process stays.
+
+    Raises:
+        StorageError: if the directory cannot be read or a stray file cannot be removed.
+    """
+    top = os.fspath(directory)
+    removed = []
+    try:
+        for name in sorted(os.listdir(top)):
+            if commit.is_temporary(name) and commit.remove_if_stray(os.path.join(top, name)):
+                removed.append(name)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise commit.storage_error(top, "clean the directory", error) from error
+    return removed

@@ -1,0 +1,321 @@
+"""Making a file durable, or leaving everything as it was: the only place in holdfast that renames.
+
+A file is written under a temporary name beside its target, with a lock held on it, fsynced, renamed over the
+target, and the directory is fsynced. Until the rename the old file stands; after it the new one does; nothing
+else is ever under the final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import signal
+import stat
+from collections.abc import Iterator, Sequence
+
+from holdfast.errors import StorageError
+
+_FICLONE = 0x40049409
+_crash_at = os.environ.get("HOLDFAST_CRASH_AT")  # tests kill a child process at a named point
+
+
+def crash_point(name: str) -> None:
+    """Do nothing, unless a test asked for the process to be killed here."""
+    if _crash_at == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Replacement:
+    """A file on its way to its final name.
+
+    Attributes:
+        fd: where to write; the file has no content yet.
+        needed_bytes: set by the writer when it knows how long the file will be, for the message if the disk fills.
+    """
+
+    def __init__(self, path: str, temporary: str, fd: int) -> None:
+        self.path = path
+        self.temporary = temporary
+        self.fd = fd
+        self.needed_bytes: int | None = None
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[Replacement]:
+    """Write a file that takes the place of ``path`` when the block ends, durably; or not at all.
+
+    Blocks: until the file and its directory are on disk.
+    On return: ``path`` is the new file. On an error, or if the process is killed, ``path`` is what it was.
+
+    Raises:
+        StorageError: with the path, the operation, the reason and what to do.
+    """
+    path = os.path.abspath(path)
+    directory = os.path.dirname(path)
+    make_directories(directory)
+    with _told(path, "create a file beside"):
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        temporary, fd = _create_temporary(path)
+    replacement = Replacement(path, temporary, fd)
+    try:
+        crash_point("temp-created")
+        with _told(path, "write", replacement):
+            yield replacement
+        crash_point("written")
+        with _told(path, "fsync", replacement):
+            os.fsync(fd)
+        crash_point("synced")
+        with _told(path, "rename a file to"):
+            os.replace(temporary, path)
+        temporary = ""
+        crash_point("renamed")
+    finally:
+        # In this order: while the lock is held, nobody else takes the file for a stray one.
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        os.close(fd)
+    with _told(path, "fsync the directory of"):
+        fsync_directory(directory)
+    crash_point("directory-synced")
+
+
+def add_name(path: str, name: str) -> str:
+    """Put the content of ``path`` under a second name as well, for 0 bytes where the file system can.
+
+    Tries a reflink, a hard link, a relative symlink, then a copy; returns which one it was. The name changes
+    over at once, like a rename. Files that share an inode are made read-only, because writing into one of
+    them would change the other; saving over either name is safe.
+
+    Blocks: until the new name is on disk.
+
+    Raises:
+        StorageError: with the path, the operation, the reason and what to do.
+    """
+    path, name = os.path.abspath(path), os.path.abspath(name)
+    if path == name:
+        return "same"
+    make_directories(os.path.dirname(name))
+    with _told(name, "link"):
+        if os.path.isdir(name):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+        if not os.path.islink(name) and os.path.exists(name) and os.path.samefile(path, name):
+            # rename() onto the same inode does nothing and leaves the temporary name behind.
+            return "same"
+        with open(path, "rb") as source:
+            # A hard link shares the lock: nobody takes it for a stray file before it has its name.
+            with contextlib.suppress(OSError):
+                fcntl.flock(source, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            kind, temporary = _linked_temporary(path, name, source.fileno())
+            crash_point("link-made")
+            try:
+                os.replace(temporary, name)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        crash_point("link-renamed")
+        fsync_directory(os.path.dirname(name))
+    crash_point("link-synced")
+    return kind
+
+
+def _linked_temporary(path: str, name: str, source: int) -> tuple[str, str]:
+    temporary, fd = _create_temporary(name)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, _FICLONE, source)
+            os.fsync(fd)
+            return "reflink", temporary
+        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.link(path, temporary, follow_symlinks=True)
+            os.chmod(temporary, 0o444)
+            return "hard link", temporary
+        with contextlib.suppress(OSError):
+            os.symlink(os.path.relpath(path, os.path.dirname(name)), temporary)
+            return "symlink", temporary
+    finally:
+        os.close(fd)
+    return "copy", _copied_temporary(path, name)
+
+
+def _copied_temporary(path: str, name: str) -> str:
+    temporary, fd = _create_temporary(name)
+    try:
+        with open(path, "rb") as source:
+            while chunk := source.read(8 << 20):
+                write_all(fd, chunk)
+        os.fsync(fd)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    finally:
+        os.close(fd)
+    return temporary
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of it at the file's position; a short write goes on where it stopped."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def writev_all(fd: int, parts: Sequence[bytes | memoryview], at: int) -> int:
+    """Write the parts one after the other from offset ``at``; return the offset after them."""
+    views = [memoryview(part).cast("B") for part in parts if len(part)]
+    while views:
+        written = os.pwritev(fd, views[:512], at)
+        at += written
+        done = 0
+        while done < len(views) and written >= views[done].nbytes:
+            written -= views[done].nbytes
+            done += 1
+        del views[:done]
+        if written:
+            views[0] = views[0][written:]
+    return at
+
+
+def make_directories(directory: str) -> None:
+    """Make a directory and its parents; each one that was made is on disk when this returns.
+
+    Raises:
+        StorageError: with the directory and the reason.
+    """
+    missing = []
+    at = directory
+    while not os.path.isdir(at) and os.path.dirname(at) != at:
+        missing.append(at)
+        at = os.path.dirname(at)
+    for path in reversed(missing):
+        with _told(path, "create the directory"):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
+            if not os.path.isdir(path):
+                raise NotADirectoryError(errno.ENOTDIR, "a file of that name is in the way")
+            fsync_directory(os.path.dirname(path))
+
+
+def fsync_directory(directory: str) -> None:
+    """Make the names in a directory durable; file systems that cannot do that for directories are let off."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one that `replacing` gives to a file before its final name."""
+    parts = name.rsplit(".", 3)
+    return (
+        len(parts) == 4 and name.startswith(".") and parts[3] == "tmp" and parts[1].isdigit() and len(parts[2]) == 8
+    )
+
+
+def remove_if_stray(path: str) -> bool:
+    """Remove a temporary file that no process holds; return whether it was removed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        os.unlink(path)  # a symlink on its way to a name; it holds nothing
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _temporary_name(path: str) -> str:
+    # The name may be as long as the file system allows: what matters is that it is recognised, not that it is whole.
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name[:180]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def _create_temporary(path: str) -> tuple[str, int]:
+    temporary = _temporary_name(path)
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Without locks a cleaner cannot take it either, so it is never mistaken for a stray file.
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            os.close(fd)
+            os.unlink(temporary)
+            raise
+    return temporary, fd
+
+
+_ADVICE = {
+    errno.EACCES: "Check the permissions of the directory.",
+    errno.EPERM: "Check the permissions of the directory.",
+    errno.EROFS: "Choose a directory on a file system that can be written.",
+    errno.EISDIR: "Choose another name: a directory has this one.",
+    errno.ENOTDIR: "Choose another directory.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EIO: "The disk reports errors: look at the system's log before relying on this file system.",
+    errno.EDQUOT: "Free some of your quota, or save somewhere else.",
+}
+
+
+@contextlib.contextmanager
+def _told(path: str, operation: str, replacement: Replacement | None = None) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise storage_error(path, operation, error, replacement) from error
+
+
+def storage_error(
+    path: str, operation: str, error: OSError, replacement: Replacement | None = None
+) -> StorageError:
+    """The error for a failed operation: what failed, where, why, what is still there and what to do."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno == errno.ENOSPC:
+        needed = "" if replacement is None or replacement.needed_bytes is None else (
+            f"{replacement.needed_bytes:,} bytes are needed, "
+        )  # fmt: skip
+        advice = f"{needed}{_free_bytes(path):,} bytes are free: make room, or save somewhere else."
+    else:
+        advice = _ADVICE.get(error.errno or 0, "Nothing was changed; it is safe to try again.")
+    old = "What was there before is untouched. " if _exists(path) else ""
+    made = StorageError(f"Could not {operation} {path}: {reason}. {old}{advice}", path=path)
+    made.errno = error.errno
+    return made
+
+
+def _exists(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _free_bytes(path: str) -> int:
+    directory = os.path.dirname(path)
+    while not os.path.isdir(directory) and os.path.dirname(directory) != directory:
+        directory = os.path.dirname(directory)
+    usage = os.statvfs(directory)
+    return usage.f_bavail * usage.f_frsize

@@ -1,0 +1,212 @@
+"""Saving: a payload in, a durable file out, and an account of what it cost."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.checkpoint import commit, container, payload, pickling
+from holdfast.checkpoint.container import Entry
+from holdfast.checkpoint.integrity import crc32
+from holdfast.checkpoint.tensors import CHUNK_BYTES, Plan, Record
+from holdfast.errors import ConfigError, StorageError
+
+_COALESCE_BYTES = 8 << 20
+_SMALL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What one save did.
+
+    Attributes:
+        path: the final name.
+        names: the further names that hold the same content now.
+        links: for each of them, how: "reflink", "hard link", "symlink", "copy" or "same".
+        size_bytes: length of the file.
+        blocked_s: seconds for which the caller waited.
+        durable_s: seconds until the file and its directory were on disk.
+        omissions: (path, reason) of each value that could not be stored.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    size_bytes: int
+    blocked_s: float
+    durable_s: float
+    omissions: list[tuple[str, str]] = field(default_factory=list)
+    links: tuple[str, ...] = ()
+
+
+class CheckpointEngine:
+    """Saves payloads as files that are whole or absent.
+
+    One save is in flight at a time. What `save` promises does not depend on whether the writing happens
+    before it returns or in the background; `wait` and `close` are where a caller meets what is still
+    running, and where its errors are raised if no further `save` comes.
+    """
+
+    def save(
+        self,
+        payload: Any,
+        path: str | os.PathLike[str],
+        *,
+        names: Sequence[str | os.PathLike[str]] = (),
+        summary: dict[str, Any] | None = None,
+        on_commit: Callable[[SaveReport], None] | None = None,
+    ) -> SaveReport:
+        """Save the payload as it is at this moment, durably and under all its names.
+
+        Parent directories are made. A file that is already there is replaced as a whole, even if it is
+        read-only or shares its content with another name; that other name keeps its content.
+
+        Args:
+            payload: a dict of anything; see `payload.encode` for what becomes of values that cannot be stored.
+            path: the final name.
+            names: further names for the same content, at no further space where the file system can.
+            summary: plain values that a directory listing shows: step, epoch, metrics, exact, kind.
+            on_commit: called with the report when the file is durable under all its names.
+
+        Ranks: the one that writes.
+        Blocks: until the file and its directory are on disk.
+        On return: the payload may be changed; nothing that happens to it now is in the file.
+
+        Raises:
+            StorageError: the disk refused; what was under the names before is still there.
+            ConfigError: the summary is not plain values.
+        """
+        return _save(payload, path, names, summary, on_commit)
+
+    def wait(self) -> None:
+        """Return when every save so far is durable; raise the error of one that failed."""
+
+    def close(self) -> None:
+        """Wait, and let go of threads and buffers; the engine can be used again afterwards."""
+        self.wait()
+
+
+def _save(
+    value: Any,
+    path: str | os.PathLike[str],
+    names: Sequence[str | os.PathLike[str]],
+    summary: dict[str, Any] | None,
+    on_commit: Callable[[SaveReport], None] | None,
+) -> SaveReport:
+    began = time.monotonic()
+    final = os.path.abspath(os.fspath(path))
+    encoded = payload.encode(value)
+    plan = Plan(encoded.tensors)
+    pickled = pickling.dumps(encoded.tree, plan)
+    about = plain_summary(summary or {})
+    about["saved_at"] = time.time()
+    about["contents"] = [key for key in encoded.tree if isinstance(key, str)] if isinstance(value, dict) else []
+    with commit.replacing(final) as file:
+        file.needed_bytes = len(pickled) + sum(record.length for record in plan.records)
+        size = write(file.fd, pickled, plan.records, encoded, about)
+    links = []
+    further = tuple(os.path.abspath(os.fspath(name)) for name in names)
+    for name in further:
+        links.append(commit.add_name(final, name))
+    spent = time.monotonic() - began
+    report = SaveReport(final, further, size, spent, spent, encoded.omissions, tuple(links))
+    if on_commit is not None:
+        on_commit(report)
+    return report
+
+
+def plain_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary as JSON holds it: numbers that JSON lacks become text ("NaN").
+
+    Raises:
+        ConfigError: naming the value that is not plain.
+    """
+    return {key: _plain(value, key) for key, value in summary.items()}
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}.{index}") for index, item in enumerate(value)]
+    raise ConfigError(
+        f"summary: {where} is a {type(value).__name__}; a summary holds plain values only "
+        "(text, numbers, True, False, None, and lists and dicts of them)."
+    )
+
+
+def write(
+    fd: int, pickled: bytes, records: list[Record], encoded: payload.Encoded, about: dict[str, Any]
+) -> int:
+    """Write the whole file from its start; return its length. Memory: a few chunks, however large the state."""
+    writer = _Writer(fd)
+    writer.add("data.pkl", pickled)
+    writer.add("version", b"3\n")
+    writer.add("byteorder", b"little")
+    tensors: dict[str, list[Any]] = {}
+    for record in records:
+        tensors[record.name] = [[name, str(dtype)[6:], shape] for name, dtype, shape in record.tensors]
+        writer.add_record(record)
+    manifest = container.records_bytes(writer.entries, tensors, encoded.types, encoded.omissions)
+    placed = writer.add(container.RECORDS, manifest)
+    writer.add(container.SUMMARY, container.summary_bytes(about, placed))
+    writer.flush()
+    commit.crash_point("before-directory")
+    return commit.writev_all(fd, [container.directory(writer.entries, writer.at)], writer.at)
+
+
+class _Writer:
+    """Lays records out one after the other and writes them in large pieces."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.entries: list[Entry] = []
+        self.at = 0  # where the next header goes
+        self._written = 0
+        self._pending: list[Any] = []
+
+    def add(self, name: str, data: bytes) -> Entry:
+        return self._add(name, len(data), crc32(data), [data])
+
+    def add_record(self, record: Record) -> None:
+        if record.length <= _SMALL_BYTES:
+            data = b"".join(bytes(chunk) for chunk in record.chunks())
+            self._add(record.name, len(data), crc32(data), [data])
+            return
+        # Twice over the memory, since a zip's checksum stands before the data; a checksum costs little.
+        checksum = 0
+        for chunk in record.chunks():
+            checksum = crc32(chunk, checksum)
+        self._add(record.name, record.length, checksum, record.chunks())
+
+    def _add(self, name: str, length: int, checksum: int, chunks: Any) -> Entry:
+        header = container.local_header(name, self.at, length, checksum)
+        entry = Entry(name, self.at, self.at + len(header), length, checksum)
+        self.entries.append(entry)
+        self.at = entry.offset + length
+        self._pending.append(header)
+        pending = len(header)
+        for chunk in chunks:
+            self._pending.append(chunk)
+            pending += len(chunk)
+            if pending >= CHUNK_BYTES or self.at - self._written >= _COALESCE_BYTES:
+                self.flush()
+                pending = 0
+        return entry
+
+    def flush(self) -> None:
+        self._written = commit.writev_all(self.fd, self._pending, self._written)
+        self._pending = []
+        commit.crash_point("writing")
+
+
+__all__ = ["CheckpointEngine", "SaveReport", "StorageError"]

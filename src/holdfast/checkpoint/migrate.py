@@ -1,0 +1,127 @@
+"""Checkpoints of other makers and other times, brought to today's shape: a table of small functions.
+
+Each row names the change behind it. A file of ours passes through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from holdfast.errors import CheckpointIncompatible
+
+FORMAT_VERSION = 1
+LIGHTNING_VERSION = "2.6.0"
+"""Written into our files: a version at which Lightning's own migrations change nothing."""
+
+
+def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
+    """Return the payload in today's shape, whoever wrote it.
+
+    Args:
+        payload: What `checkpoint.load.load` returned.
+        source: The file's name, for messages.
+
+    Raises:
+        CheckpointIncompatible: it is not a dict with a ``state_dict``, or a newer holdfast wrote it.
+    """
+    if not isinstance(payload, Mapping):
+        raise CheckpointIncompatible(f"{source} holds a {type(payload).__name__}, expected a dict with 'state_dict'.")
+    upgraded = dict(payload)
+    if "state_dict" not in upgraded:
+        found = sorted(map(str, upgraded))[:8]
+        raise CheckpointIncompatible(f"{source} has no 'state_dict'; its keys are {found}. Is it a checkpoint of a model?")
+    run = upgraded.get("holdfast")
+    if isinstance(run, Mapping):
+        if run.get("format_version", 0) > FORMAT_VERSION:
+            raise CheckpointIncompatible(
+                f"{source} has format version {run['format_version']}; this holdfast reads up to {FORMAT_VERSION}. "
+                "Upgrade holdfast."
+            )
+        return upgraded
+    for applies, change in _FROM_LIGHTNING:
+        if applies(upgraded):
+            change(upgraded)
+    return upgraded
+
+
+def _has_loops(payload: dict[str, Any]) -> bool:
+    return isinstance(payload.get("loops"), Mapping) and "fit_loop" in payload["loops"]
+
+
+def _position_from_loops(payload: dict[str, Any]) -> None:
+    """Lightning >= 1.6 keeps its position under "loops"; ours is one record of counters."""
+    loop = payload["loops"]["fit_loop"]
+    batches = loop.get("epoch_loop.batch_progress", {})
+    current = batches.get("current", {})
+    epochs = loop.get("epoch_progress", {}).get("current", {})
+    done = int(current.get("processed", 0))
+    epoch = int(payload.get("epoch", 0))
+    if int(epochs.get("processed", 0)) > epoch:
+        stage = "end"
+    elif done == 0:
+        stage = "start"
+    elif int(current.get("completed", 0)) < done:
+        stage = "batch"  # saved in on_train_batch_end: validation, if due, is still to come
+    else:
+        stage = "validated"
+    state = loop.get("epoch_loop.state_dict", {})
+    steps = int(payload.get("global_step", 0))
+    payload["holdfast"] = {
+        "format_version": FORMAT_VERSION,
+        "kind": "full" if "optimizer_states" in payload else "weights",
+        "exact": False,
+        "progress": {
+            "epoch": epoch,
+            "batch": done,
+            "stage": stage,
+            "global_step": steps,
+            "batches_that_stepped": int(state.get("_batches_that_stepped", steps)),
+            "total_batches": int(batches.get("total", {}).get("processed", done)),
+        },
+    }
+
+
+def _lacks_position(payload: dict[str, Any]) -> bool:
+    return "holdfast" not in payload
+
+
+def _position_from_counters(payload: dict[str, Any]) -> None:
+    """Older files, and those of plain torch, know the epoch and the step at most: the epoch counts as ended."""
+    payload["holdfast"] = {
+        "format_version": FORMAT_VERSION,
+        "kind": "full" if "optimizer_states" in payload else "weights",
+        "exact": False,
+        "progress": {
+            "epoch": int(payload.get("epoch", 0)),
+            "stage": "end" if "epoch" in payload else "start",
+            "global_step": int(payload.get("global_step", 0)),
+            "batches_that_stepped": int(payload.get("global_step", 0)),
+        },
+    }
+
+
+def _has_native_scaler(payload: dict[str, Any]) -> bool:
+    return "native_amp_scaling_state" in payload
+
+
+def _rename_scaler(payload: dict[str, Any]) -> None:
+    """Lightning < 1.6 kept the gradient scaler under a key of its own."""
+    payload.setdefault("MixedPrecision", payload.pop("native_amp_scaling_state"))
+
+
+def _lacks_lists(payload: dict[str, Any]) -> bool:
+    return "optimizer_states" in payload and "lr_schedulers" not in payload
+
+
+def _add_lists(payload: dict[str, Any]) -> None:
+    """A run without schedulers may leave their list out."""
+    payload["lr_schedulers"] = []
+
+
+_FROM_LIGHTNING: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], None]], ...] = (
+    (_has_native_scaler, _rename_scaler),
+    (_lacks_lists, _add_lists),
+    (_has_loops, _position_from_loops),
+    (_lacks_position, _position_from_counters),
+)

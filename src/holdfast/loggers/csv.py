@@ -1,0 +1,299 @@
+"""Metrics as a CSV file that a crash leaves readable and a resumed run continues.
+
+Only whole rows reach the file: rows are buffered and appended in one write, and a new column writes the
+file anew beside the old one and replaces it. A checkpoint remembers how many rows were logged; going on
+from it cuts the file back to them, so that a run that was killed and resumed ends with the very file of a
+run that never stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from holdfast.loggers.base import Logger
+from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
+
+class ExperimentWriter:
+    """The files of one version: ``metrics.csv`` and ``hparams.yaml``.
+
+    Args:
+        log_dir: The directory of the version; made when the first file is written.
+        keep_rows: How many rows of a metrics file that is already there to go on from; the rest is cut
+            off at the first write. None moves such a file aside instead, as ``metrics-v1.csv``.
+    """
+
+    NAME_HPARAMS_FILE = "hparams.yaml"
+    NAME_METRICS_FILE = "metrics.csv"
+
+    def __init__(self, log_dir: str, keep_rows: int | None = None) -> None:
+        self.log_dir = log_dir
+        self.hparams: dict[str, Any] = {}
+        self.metrics: list[dict[str, Any]] = []
+        """The rows that are not in the file yet."""
+        self.metrics_keys: list[str] = []
+        """The file's columns, sorted."""
+        self.rows_written = 0
+        self._keep_rows = keep_rows
+        self._started = False
+
+    @property
+    def metrics_file_path(self) -> str:
+        """The path of ``metrics.csv``."""
+        return os.path.join(self.log_dir, self.NAME_METRICS_FILE)
+
+    @property
+    def rows(self) -> int:
+        """How many rows were logged, whether they are in the file or not."""
+        self._start()
+        return self.rows_written + len(self.metrics)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add one row; ``step`` defaults to the number of rows not yet in the file."""
+        row = {name: _plain_number(value) for name, value in metrics.items()}
+        row["step"] = len(self.metrics) if step is None else step
+        self.metrics.append(row)
+
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        """Add to the hyperparameters and write ``hparams.yaml``."""
+        import yaml
+
+        self.hparams.update(params)
+        text = yaml.safe_dump(_yaml_value(self.hparams), default_flow_style=False, allow_unicode=True)
+        os.makedirs(self.log_dir, exist_ok=True)
+        _replace(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), text)
+
+    def save(self) -> None:
+        """Put every buffered row into the file, in one write."""
+        if not self.metrics:
+            return
+        self._start()
+        rows, self.metrics = self.metrics, []
+        keys = sorted(set(self.metrics_keys).union(*rows))
+        if keys == self.metrics_keys:
+            _append(self.metrics_file_path, _csv_text(keys, rows, header=False))
+        else:
+            os.makedirs(self.log_dir, exist_ok=True)
+            kept = _read_rows(self.metrics_file_path)[: self.rows_written] if self.rows_written else []
+            _replace(self.metrics_file_path, _csv_text(keys, [*kept, *rows], header=True))
+            self.metrics_keys = keys
+        self.rows_written += len(rows)
+
+    def _start(self) -> None:
+        """Settle, before the first write, what becomes of a file that is already there."""
+        if self._started:
+            return
+        self._started = True
+        path = self.metrics_file_path
+        if not os.path.exists(path):
+            if self._keep_rows:
+                rank_zero_warn(f"{path} is gone: its {self._keep_rows} rows from before the resume are missing.")
+            return
+        if self._keep_rows is None:
+            aside = _free_name(path)
+            os.rename(path, aside)
+            rank_zero_info(f"{path} of an earlier run is kept as {os.path.basename(aside)}")
+            return
+        found = _read_rows(path)
+        rows = found[: self._keep_rows]
+        if len(rows) < self._keep_rows:
+            rank_zero_warn(
+                f"{path} has {len(rows)} rows; the checkpoint was written after {self._keep_rows}. "
+                "The missing ones were lost before the resume."
+            )
+        # Columns that only the cut rows used go with them.
+        self.metrics_keys = sorted({name for row in rows for name, value in row.items() if value != ""})
+        self.rows_written = len(rows)
+        _replace(path, _csv_text(self.metrics_keys, rows, header=True))
+
+
+class CSVLogger(Logger):
+    """Write metrics to ``<save_dir>/<name>/version_N/metrics.csv``, hyperparameters to ``hparams.yaml``.
+
+    A row reaches the file within ``flush_logs_every_n_steps`` steps, at every checkpoint and at the end;
+    a kill costs at most the rows since, and those are logged again by the resumed run.
+
+    Args:
+        save_dir: The directory under which everything is written.
+        name: The experiment's directory; None or "" leaves that level out.
+        version: Which run of the experiment: a number for ``version_N``, a string as it is. Default: the
+            next free number, chosen when first needed.
+        prefix: Put before every metric's name, with a "-".
+        flush_logs_every_n_steps: Steps (or rows, whichever comes first) that may stay unwritten.
+    """
+
+    LOGGER_JOIN_CHAR = "-"
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str],
+        name: str | None = "lightning_logs",
+        version: int | str | None = None,
+        prefix: str = "",
+        flush_logs_every_n_steps: int = 100,
+    ) -> None:
+        self._save_dir = os.fspath(save_dir)
+        self._name = name or ""
+        self._version = version
+        self._prefix = prefix
+        self._flush_logs_every_n_steps = flush_logs_every_n_steps
+        self._flushed_step = -1
+        self._experiment: ExperimentWriter | None = None
+        self._keep_rows: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The experiment's name; "" when it has no directory of its own."""
+        return self._name
+
+    @property
+    def version(self) -> int | str:
+        """This run's version: given, resumed in, or the next free number."""
+        if self._version is None:
+            self._version = _next_version(self.root_dir)
+        return self._version
+
+    @property
+    def save_dir(self) -> str:
+        """The directory that was given."""
+        return self._save_dir
+
+    @property
+    def root_dir(self) -> str:
+        """``<save_dir>/<name>``: the directory of all versions."""
+        return os.path.join(self._save_dir, self._name) if self._name else self._save_dir
+
+    @property
+    def log_dir(self) -> str:
+        """``<save_dir>/<name>/version_N``, or ``.../<version>`` for a version that is a string."""
+        version = self.version
+        return os.path.join(self.root_dir, version if isinstance(version, str) else f"version_{version}")
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """The writer behind this logger."""
+        if self._experiment is None:
+            self._experiment = ExperimentWriter(self.log_dir, self._keep_rows)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add one row; 0-dim tensors and NumPy scalars become plain numbers."""
+        if self._prefix:
+            metrics = {f"{self._prefix}{self.LOGGER_JOIN_CHAR}{name}": v for name, v in metrics.items()}
+        experiment = self.experiment
+        experiment.log_metrics(metrics, step)
+        waiting = experiment.metrics[-1]["step"] - self._flushed_step
+        if max(waiting, len(experiment.metrics)) >= self._flush_logs_every_n_steps:
+            self.save()
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write ``hparams.yaml``; values that YAML has no plain form for are written as strings."""
+        self.experiment.log_hparams(vars(params) if isinstance(params, Namespace) else params or {})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write out every buffered row."""
+        if self._experiment is None or not self._experiment.metrics:
+            return
+        self._flushed_step = self._experiment.metrics[-1]["step"]
+        self._experiment.save()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many rows belong to this moment, after writing them all out."""
+        # A checkpoint must not count rows that a kill can still lose.
+        self.save()
+        rows = 0 if self._experiment is None else self._experiment.rows
+        return {"rows": rows, "version": self.version, "name": self.name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the checkpoint's rows, if this is the version that they were written in."""
+        if (state_dict.get("name"), state_dict.get("version")) == (self.name, self.version):
+            self._keep_rows = int(state_dict["rows"])
+            self._experiment = None
+
+    def resume_in(self, version: int | str) -> None:
+        """Go on in ``version``: append to its rows, unless ``load_state_dict`` says how many to keep."""
+        self._version = version
+        self._experiment = None
+        if self._keep_rows is None and os.path.exists(self.experiment.metrics_file_path):
+            self._keep_rows = len(_read_rows(self.experiment.metrics_file_path))
+        self._experiment = None
+
+
+def _next_version(root_dir: str) -> int:
+    if not os.path.isdir(root_dir):
+        return 0
+    numbers = [
+        int(entry.name.removeprefix("version_"))
+        for entry in os.scandir(root_dir)
+        if entry.name.startswith("version_") and entry.name.removeprefix("version_").isdecimal()
+    ]
+    return max(numbers, default=-1) + 1
+
+
+def _free_name(path: str) -> str:
+    stem, extension = os.path.splitext(path)
+    number = 1
+    while os.path.exists(f"{stem}-v{number}{extension}"):
+        number += 1
+    return f"{stem}-v{number}{extension}"
+
+
+def _plain_number(value: Any) -> Any:
+    # Tensors and NumPy scalars alike, without importing either library.
+    return value.item() if hasattr(value, "item") else value
+
+
+def _yaml_value(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key if type(key) in (bool, int, float, str) else str(key): _yaml_value(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_yaml_value(item) for item in value]
+    return str(value)
+
+
+def _csv_text(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=keys, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _read_rows(path: str) -> list[dict[str, str]]:
+    """Read every whole row; a last line without its end was cut short and is not one."""
+    with open(path, newline="", encoding="utf-8") as file:
+        text = file.read()
+    whole = text[: text.rfind("\n") + 1]
+    return [row for row in csv.DictReader(io.StringIO(whole, newline="")) if None not in row.values()]
+
+
+def _append(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        data = text.encode()
+        while data:
+            data = data[os.write(descriptor, data) :]
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: str, text: str) -> None:
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)

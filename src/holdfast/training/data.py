@@ -1,0 +1,311 @@
+"""Batches in a known order, from any position, with augmentation that does not depend on who loads them.
+
+Map-style data is sought: the sampler's order is made again and rows before the position are never loaded.
+Anything else is replayed. Both start from the generators as they were when the epoch began.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data.dataloader import default_collate
+
+from holdfast.errors import CheckpointIncompatible
+from holdfast.training import rng
+
+
+def _seed_and_return(seed: int, indices: Any) -> Any:
+    rng.seed_generators(seed)
+    return indices
+
+
+class _SeededIndices:
+    """Indices on their way to a worker: unpickling them there seeds the worker for this one batch.
+
+    The seed travels with the batch, so it holds for forked, spawned and persistent workers alike, and for
+    whichever of them gets the batch. (Wrapping the dataset would not: users reach it in their own code.)
+    """
+
+    __slots__ = ("indices", "seed")
+
+    def __init__(self, seed: int, indices: Any) -> None:
+        self.seed = seed
+        self.indices = indices
+
+    def __reduce__(self) -> tuple[Callable[[int, Any], Any], tuple[int, Any]]:
+        return _seed_and_return, (self.seed, self.indices)
+
+
+class _SeededSampler:
+    """Stands in for a loader's (batch) sampler: skips to the position and seeds each batch."""
+
+    def __init__(self, inner: Any, stream: BatchStream) -> None:
+        self._inner = inner
+        self._stream = stream
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = self._stream
+        base, batch = stream.seed_base, stream.position
+        inner = iter(self._inner)
+        for _ in range(batch):
+            if next(inner, stream) is stream:
+                return
+        if stream.workers:
+            for indices in inner:
+                yield _SeededIndices(rng.mix(base, batch), indices)
+                batch += 1
+        elif stream.isolated:
+            # The sampler above drew from the run's own generators; the fetch that follows this yield, in
+            # this process, must not. `BatchStream.batches` leaves the isolation when the batch is there.
+            enter = stream.isolation.enter
+            for indices in inner:
+                enter(rng.mix(base, batch))
+                yield indices
+                batch += 1
+        else:
+            yield from inner
+
+
+def _never_draws(loader: DataLoader[Any]) -> bool:
+    """True for torch's own in-memory datasets with the default collate: nothing in their fetch is random."""
+    dataset: Any = loader.dataset
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    parts = dataset.datasets if type(dataset) is ConcatDataset else [dataset]
+    return all(type(part) is TensorDataset for part in parts) and loader.collate_fn is default_collate
+
+
+class BatchStream:
+    """One loader as the loops read it.
+
+    Args:
+        loader: A DataLoader, anything with ``state_dict``/``load_state_dict``, or any iterable of batches.
+        stage: "train", "validate", "test" or "predict"; part of the seed of each batch.
+        index: Position of the loader among the stage's loaders; part of the seed.
+        seed: The seed of the run.
+        rank: Rank of this process; part of the seed.
+    """
+
+    def __init__(self, loader: Any, *, stage: str, index: int, seed: int, rank: int = 0) -> None:
+        self.loader = loader
+        self.position = 0
+        self.workers = False
+        self.isolated = True
+        self.isolation = rng.Isolation()
+        self.seed_base = 0
+        self._seed_parts = (seed, stage, index, rank)
+        self._iterable = loader
+        self._begin: dict[str, Any] | None = None
+        self.stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self.seekable = False
+        if isinstance(loader, DataLoader):
+            self.workers = loader.num_workers > 0
+            if not self.stateful and not isinstance(loader.dataset, IterableDataset):
+                self.seekable = True
+                self.isolated = not self.workers and not _never_draws(loader)
+                self._iterable = self._seeded_copy(loader)
+
+    def _seeded_copy(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        seeded = copy.copy(loader)
+        name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+        # DataLoader forbids setting these after construction, since its own state would go stale; in a
+        # shallow copy that has not been iterated yet there is none.
+        seeded.__dict__[name] = _SeededSampler(getattr(loader, name), self)
+        seeded.__dict__["_iterator"] = None
+        return seeded
+
+    def length(self) -> int | None:
+        """Number of batches in an epoch, or None where the loader cannot tell."""
+        try:
+            return len(self.loader)
+        except (TypeError, NotImplementedError):
+            return None
+
+    # -- the state of the data at the start of an epoch, and its position -----------------------------------
+
+    def begin_state(self) -> dict[str, Any]:
+        """What `start` needs to produce this epoch again: every generator and sampler it will draw from."""
+        state: dict[str, Any] = {"generators": rng.capture()}
+        generator = getattr(self.loader, "generator", None)
+        if isinstance(generator, torch.Generator):
+            state["loader_generator"] = generator.get_state()
+        for name in ("sampler", "batch_sampler"):
+            sampler = getattr(self.loader, name, None)
+            own = getattr(sampler, "generator", None)
+            if isinstance(own, torch.Generator) and own is not generator:
+                state[f"{name}_generator"] = own.get_state()
+            if hasattr(sampler, "state_dict") and hasattr(sampler, "load_state_dict"):
+                state[name] = copy.deepcopy(sampler.state_dict())
+        return state
+
+    def restore_begin(self, state: dict[str, Any]) -> None:
+        """Put the loader's own generators and samplers back (the global ones are the caller's)."""
+        if "loader_generator" in state and isinstance(getattr(self.loader, "generator", None), torch.Generator):
+            self.loader.generator.set_state(state["loader_generator"])
+        for name in ("sampler", "batch_sampler"):
+            sampler = getattr(self.loader, name, None)
+            if f"{name}_generator" in state and isinstance(getattr(sampler, "generator", None), torch.Generator):
+                sampler.generator.set_state(state[f"{name}_generator"])
+            if name in state and hasattr(sampler, "load_state_dict"):
+                sampler.load_state_dict(state[name])
+
+    def state(self, mid_epoch: bool) -> dict[str, Any]:
+        """The data's part of a checkpoint; ``mid_epoch`` says that an epoch is under way."""
+        now = self.begin_state()
+        del now["generators"]
+        state: dict[str, Any] = {"now": now}
+        if mid_epoch:
+            state["begin"] = self._begin
+            if self.stateful:
+                state["loader"] = self.loader.state_dict()
+        return state
+
+    # -- iterating -----------------------------------------------------------------------------------------
+
+    def start(self, epoch: int) -> Iterator[Any]:
+        """Begin epoch (or validation run) number ``epoch``, from 0, and return its batches."""
+        self._seed(epoch)
+        self.position = 0
+        self._begin = self.begin_state()
+        return self._batches(0)
+
+    def resume(self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool) -> Iterator[Any]:
+        """Return the batches of an epoch that was under way, from ``position`` on.
+
+        The global generators are left as they were when the epoch began; restoring them to where the run was
+        is the caller's, and comes after this.
+
+        Args:
+            epoch: The epoch.
+            position: Batches of it that are done.
+            state: What `state` gave for it.
+            nothing_left: The epoch's batches are all done; it only has to end.
+
+        Raises:
+            CheckpointIncompatible: the data ended before ``position`` was reached.
+        """
+        self._seed(epoch)
+        self._begin = state["begin"]
+        if nothing_left:
+            self.restore_begin(state["now"])
+            return iter(())
+        self.position = position if self.seekable else 0
+        rng.restore(state["begin"]["generators"])
+        self.restore_begin(state["begin"])
+        if self.stateful and "loader" in state:
+            self.loader.load_state_dict(state["loader"])
+        batches = self._batches(0 if self.stateful else position)
+        # Samplers draw their order when the first batch is asked for, so that has to happen now, while the
+        # generators are those of the epoch's start.
+        end = object()
+        first = next(batches, end)
+        return iter(()) if first is end else itertools.chain((first,), batches)
+
+    def _seed(self, epoch: int) -> None:
+        self.seed_base = rng.derive(*self._seed_parts, epoch)
+        batch_sampler = getattr(self.loader, "batch_sampler", None)
+        for sampler in (
+            getattr(self.loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        ):
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+
+    def _batches(self, position: int) -> Iterator[Any]:
+        if self.seekable:
+            if not self.isolated:
+                return iter(self._iterable)
+            return self._leaving()
+        return self._replayed(position)
+
+    def _leaving(self) -> Iterator[Any]:
+        leave = self.isolation.leave
+        batches = iter(self._iterable)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                leave()
+            yield batch
+
+    def _replayed(self, skip: int) -> Iterator[Any]:
+        """An iterable's batches after the first ``skip``; its draws in this process are isolated batch by batch."""
+        base, isolation = self.seed_base, self.isolation
+        batches = iter(self._iterable)
+        index = 0
+        while True:
+            isolation.enter(rng.mix(base, index))
+            try:
+                batch = next(batches)
+            except StopIteration:
+                if index < skip:
+                    raise CheckpointIncompatible(
+                        f"The checkpoint is {skip} batches into the epoch, but the training data ended after "
+                        f"{index}. Give the run the data it was started with."
+                    ) from None
+                return
+            finally:
+                isolation.leave()
+            index += 1
+            if index > skip:
+                yield batch
+
+
+def flatten_loaders(loaders: Any) -> list[Any]:
+    """The loaders of an evaluation as a list: one loader, a list or tuple of them, or a dict's values."""
+    if loaders is None:
+        return []
+    if isinstance(loaders, dict):
+        return list(loaders.values())
+    if isinstance(loaders, (list, tuple)) and loaders and all(_is_loader(item) for item in loaders):
+        return list(loaders)
+    return [loaders]
+
+
+def _is_loader(item: Any) -> bool:
+    return isinstance(item, DataLoader) or (
+        isinstance(item, Iterable) and not isinstance(item, (torch.Tensor, str, bytes, tuple, dict))
+    )
+
+
+def batch_size_of(batch: Any) -> int:
+    """Rows in a batch: the first dimension of the first tensor found in it (1 for a scalar; 1 if none is found)."""
+    if isinstance(batch, torch.Tensor):
+        return batch.size(0) if batch.ndim else 1
+    if isinstance(batch, (str, bytes)):
+        return len(batch)
+    if isinstance(batch, dict):
+        batch = batch.values()
+    elif hasattr(batch, "__dataclass_fields__"):
+        batch = vars(batch).values()
+    if isinstance(batch, Iterable):
+        for part in batch:
+            return batch_size_of(part)
+    return 1
+
+
+def move_to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it (and anything with ``.to``) on ``device``; containers keep their type."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=device.type != "cpu")
+    if isinstance(batch, dict):
+        moved = {key: move_to_device(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(move_to_device(value, device) for value in batch)
+    if hasattr(batch, "to") and callable(batch.to):
+        return batch.to(device)
+    return batch

@@ -1,0 +1,160 @@
+"""Which checkpoint ``ckpt_path=`` means, read and verified before anything of the run is touched."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from holdfast.checkpoint import catalog
+from holdfast.checkpoint.load import load
+from holdfast.checkpoint.migrate import upgrade
+from holdfast.errors import CheckpointError, CheckpointNotFound, ConfigError
+from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from holdfast.training.trainer import Trainer
+
+
+@dataclass
+class Resolved:
+    """The checkpoint that a run goes on from, already read and verified."""
+
+    path: str
+    payload: dict[str, Any]
+    version: int | str | None = None
+    """The version directory of the run root that it lies in, where "auto" found it there."""
+    skipped: list[str] = field(default_factory=list)
+    """One sentence for each newer candidate that was passed over."""
+
+
+def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_fit: bool) -> Resolved | None:
+    """Find and read the checkpoint; None means a fresh start.
+
+    Args:
+        trainer: Whose callbacks and loggers say where checkpoints are.
+        ckpt_path: A path, "best", "last", "auto" or None.
+        for_fit: A run will go on from it; otherwise only its weights are wanted.
+
+    Raises:
+        CheckpointNotFound: an explicit path does not exist.
+        CheckpointCorrupt: an explicit file is damaged; no other is taken instead.
+        CheckpointIncomplete: with "auto": there are candidates, and not one is whole and verified.
+        ConfigError: "best" without a callback that saved one.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "auto":
+        return _newest_verified(trainer, for_fit)
+    if ckpt_path == "best":
+        path = _best(trainer)
+    elif ckpt_path == "last":
+        found = _last(trainer)
+        if found is None:
+            rank_zero_warn(f'ckpt_path="last": there is no checkpoint in {_listed(trainer)}. Starting from scratch.')
+            return None
+        path = found
+    else:
+        path = os.fspath(ckpt_path)
+    return Resolved(path, upgrade(_read(path, for_fit), source=path))
+
+
+def _read(path: str, for_fit: bool) -> Any:
+    return load(path, skip=() if for_fit else ("optimizer_states",))
+
+
+def run_directories(trainer: Trainer) -> list[str]:
+    """Every directory in which this run's checkpoints may be: callbacks' own ones, and all versions of the run root."""
+    directories: list[str] = []
+    callbacks = [c for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+    directories += [os.path.abspath(c.dirpath) for c in callbacks]
+    if not callbacks or len(callbacks) < len(trainer.checkpoint_callbacks):
+        root = next((logger.root_dir for logger in trainer.loggers if logger.root_dir), None)
+        directories.append(os.path.abspath(root or os.path.join(trainer.default_root_dir, "checkpoints")))
+    return list(dict.fromkeys(directories))
+
+
+def _listed(trainer: Trainer) -> str:
+    return ", ".join(os.path.relpath(directory) for directory in run_directories(trainer))
+
+
+def _candidates(trainer: Trainer) -> list[catalog.Entry]:
+    """Newest first. Files of one save under several names are all listed: if one is gone, another is there."""
+    entries: list[catalog.Entry] = []
+    for directory in run_directories(trainer):
+        if os.path.isdir(directory):
+            entries += catalog.scan(directory, recursive=True)
+    entries.sort(key=lambda entry: (entry.saved_at, entry.step or 0), reverse=True)
+    return entries
+
+
+def _last(trainer: Trainer) -> str | None:
+    return next((entry.path for entry in _candidates(trainer) if entry.whole and entry.kind != "weights"), None)
+
+
+def _best(trainer: Trainer) -> str:
+    callback = trainer.checkpoint_callback
+    path = getattr(callback, "best_model_path", "")
+    if not path:
+        raise ConfigError(
+            'ckpt_path="best": no checkpoint callback of this trainer has saved a best model. Run fit with a '
+            "ModelCheckpoint first, or give the path."
+        )
+    return str(path)
+
+
+def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
+    candidates = [entry for entry in _candidates(trainer) if entry.kind != "weights" or not for_fit]
+    if not candidates:
+        rank_zero_info(f'ckpt_path="auto": no checkpoint in {_listed(trainer)} yet; starting from scratch')
+        return None
+    # A file saved inside a hook goes on from somewhere near; an older one from a safe point goes on exactly.
+    ordered = [e for e in candidates if e.exact or e.foreign or not e.whole]
+    ordered += [e for e in candidates if e not in ordered]
+    skipped: list[str] = []
+    bad_inodes: set[tuple[int, int]] = set()
+    for entry in ordered:
+        name = os.path.relpath(entry.path)
+        if not entry.whole:
+            skipped.append(f"{name}: {entry.reason}")
+            continue
+        try:
+            info = os.stat(entry.path)
+            if (info.st_dev, info.st_ino) in bad_inodes:
+                skipped.append(f"{name}: the same file as one above")
+                continue
+            payload = upgrade(_read(entry.path, for_fit), source=entry.path)
+            return Resolved(entry.path, payload, _version_of(trainer, entry.path), skipped)
+        except CheckpointNotFound:
+            continue  # deleted between the listing and now
+        except CheckpointError as error:
+            bad_inodes.add((info.st_dev, info.st_ino))
+            skipped.append(f"{name}: {error}")
+    raise_none_whole(skipped)
+    return None
+
+
+def raise_none_whole(skipped: list[str]) -> None:
+    """Refuse to start from step 0 where checkpoints exist that cannot be used."""
+    from holdfast.errors import CheckpointIncomplete
+
+    raise CheckpointIncomplete(
+        'ckpt_path="auto": there are checkpoints, but not one is whole and verified, and starting from step 0 would '
+        "bury them:\n  " + "\n  ".join(skipped) + "\nMove them away, or give a path, or ckpt_path=None to start anew."
+    )
+
+
+def _version_of(trainer: Trainer, path: str) -> int | str | None:
+    """The ``version_N`` (or named version) directory below a logger's root that holds ``path``."""
+    for logger in trainer.loggers:
+        root = logger.root_dir
+        if not root:
+            continue
+        relative = os.path.relpath(os.path.abspath(path), os.path.abspath(root))
+        first = relative.split(os.sep)[0]
+        if first in ("..", os.path.basename(path)):
+            continue
+        match = re.fullmatch(r"version_(\d+)", first)
+        return int(match.group(1)) if match else first
+    return None

@@ -1,0 +1,177 @@
+"""The streams of random numbers that a run draws from: saved, restored, and kept apart.
+
+Three kinds of draws must not touch each other, or a resumed run drifts from the one that never stopped:
+
+* the model's own (dropout, noise, the shuffle of each epoch): the global generators, saved as they are;
+* the data's (augmentation in ``__getitem__`` or a collate function): seeded for every batch from
+  ``(seed, stage, loader, epoch, batch, rank)``, so a batch is the same whichever process loads it and when;
+* validation's: the whole run of it works on seeds of its own and leaves the global generators untouched.
+
+This module is imported by data-loader workers: it imports nothing of holdfast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def capture() -> dict[str, Any]:
+    """The state of every global generator of this process: Python, NumPy (if loaded), torch, each GPU."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+        "torch": torch.get_rng_state(),
+    }
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        state["numpy"] = numpy.random.get_state(legacy=False)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore(state: dict[str, Any]) -> list[str]:
+    """Put the generators back to ``state``.
+
+    Returns:
+        One sentence for each generator that could not be restored, such as a GPU that is not there.
+    """
+    problems: list[str] = []
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    torch.set_rng_state(state["torch"].cpu())
+    if "numpy" in state:
+        try:
+            import numpy
+
+            numpy.random.set_state(state["numpy"])
+        except ImportError:
+            problems.append("NumPy's generator was saved, but NumPy is not installed here")
+    if "cuda" in state:
+        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        for index, device_state in enumerate(state["cuda"][:devices]):
+            torch.cuda.set_rng_state(device_state.cpu(), index)
+        if devices < len(state["cuda"]):
+            problems.append(f"{len(state['cuda'])} GPU generators were saved, {devices} GPUs are here")
+    return problems
+
+
+def derive(*parts: int | str) -> int:
+    """A 64-bit seed that depends on every part and on nothing else; equal on every machine."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def mix(base: int, index: int) -> int:
+    """The ``index``-th seed of the stream ``base``: cheap enough for every batch (splitmix64's finalizer)."""
+    z = (base + (index + 1) * _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python, torch's CPU generator and NumPy (if loaded) from one 64-bit number; GPUs stay as they are."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+class Isolation:
+    """Lets code draw from seeded generators and then gives the run its own back, in some 20 microseconds.
+
+    NumPy's state would take 90 us to copy out and in, so its generator is swapped for a spare one instead. (A
+    second half of a pair from the legacy ``numpy.random.randn`` that waits in the run's generator is dropped
+    by the swap, in the same place in every run.)
+    """
+
+    __slots__ = ("_active", "_numpy", "_python", "_spare", "_torch")
+
+    def __init__(self) -> None:
+        self._active = False
+        self._spare: Any = None
+
+    def enter(self, seed: int) -> None:
+        """Set the run's generators aside and seed what code sees until ``leave``."""
+        self._python = random.getstate()
+        self._torch = torch.default_generator.get_state()
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            if self._spare is None:
+                self._spare = numpy.random.MT19937()
+            self._numpy = numpy.random.get_bit_generator()
+            numpy.random.set_bit_generator(self._spare)
+            numpy.random.seed(seed & 0xFFFFFFFF)
+        else:
+            self._numpy = None
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        self._active = True
+
+    def leave(self) -> None:
+        """Give the run its generators back; does nothing when they are in place already."""
+        if not self._active:
+            return
+        self._active = False
+        random.setstate(self._python)
+        torch.default_generator.set_state(self._torch)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_bit_generator(self._numpy)
+
+
+@contextlib.contextmanager
+def apart(seed: int) -> Iterator[None]:
+    """Run a block on generators of its own, GPUs' included, seeded with ``seed``; then restore the run's."""
+    state = capture()
+    seed_generators(seed)
+    if "cuda" in state:
+        torch.cuda.manual_seed_all(seed)
+    try:
+        yield
+    finally:
+        restore(state)
+
+
+def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+    """Seed Python, NumPy and torch (CPU and every GPU) and return the seed.
+
+    Args:
+        seed: Up to 32 bits. None takes ``PL_GLOBAL_SEED`` from the environment, else 0.
+        workers: Kept for compatibility: holdfast always seeds data-loader workers, for each batch anew.
+        verbose: Say which seed was set.
+
+    Raises:
+        ConfigError: the seed does not fit in 32 bits.
+    """
+    from holdfast.errors import ConfigError
+    from holdfast.utilities.rank_zero import rank_zero_info
+
+    if seed is None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    seed = int(seed)
+    if not 0 <= seed <= 0xFFFFFFFF:
+        raise ConfigError(f"seed_everything({seed}): the seed must lie between 0 and {0xFFFFFFFF}.")
+    if verbose:
+        rank_zero_info(f"Seed set to {seed}")
+    os.environ["PL_GLOBAL_SEED"] = str(seed)
+    os.environ["PL_SEED_WORKERS"] = str(int(workers))
+    random.seed(seed)
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
