@@ -60,8 +60,8 @@ clean:
 # The environment and torch. torch is installed first and alone, so that no other package chooses its build.
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-	  echo "holdfast needs Python 3.10 or newer; '$(PYTHON)' is `$(PYTHON) --version 2>&1 | tail -n 1`."; \
-	  echo "Name another one: make PYTHON=/path/to/python3.12"; exit 1; }
+	  echo "holdfast needs Python 3.10 or newer; '$(PYTHON) --version' says: `$(PYTHON) --version 2>&1 | head -n 1`"; \
+	  echo 'Name another one: make PYTHON=/path/to/python3.12'; exit 1; }
 	@test -x $(BIN)/python || { \
 	  echo '== making $(VENV) with '`$(PYTHON) --version`; $(PYTHON) -m venv $(VENV); } || { \
 	  echo "Could not make $(VENV). On Debian and Ubuntu the module comes with: apt-get install python3-venv"; \

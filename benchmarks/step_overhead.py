@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+
 from workload import Timing, Workload
 
 Contender = Callable[[Workload, str], None]

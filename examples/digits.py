@@ -75,7 +75,7 @@ class DigitsData(pl.LightningDataModule):
 class DigitsNet(pl.LightningModule):
     """Two convolutions with BatchNorm and dropout, trained with AdamW on one cycle of learning rates."""
 
-    def __init__(self, total_steps: int, lr: float = 0.01, dropout: float = 0.3) -> None:
+    def __init__(self, lr: float = 0.01, dropout: float = 0.3) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(
@@ -109,7 +109,7 @@ class DigitsNet(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.hparams.lr, total_steps=self.hparams.total_steps
+            optimizer, max_lr=self.hparams.lr, total_steps=int(self.trainer.estimated_stepping_batches)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -144,8 +144,7 @@ def main() -> None:
     args.root.mkdir(parents=True, exist_ok=True)
 
     pl.seed_everything(7, workers=True)
-    steps_per_epoch = -(-1437 // BATCH_SIZE)
-    model = DigitsNet(total_steps=args.epochs * steps_per_epoch)
+    model = DigitsNet()
     trainer = pl.Trainer(
         default_root_dir=args.root,
         max_epochs=args.epochs,

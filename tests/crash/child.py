@@ -44,7 +44,8 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
 class Net(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 1))
+        layers = nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 1)
+        self.net = nn.Sequential(*layers)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = functional.mse_loss(self.net(batch[0]), batch[1])

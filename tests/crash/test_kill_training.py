@@ -1,8 +1,8 @@
 """A training process killed at any instant and started again by the same command loses next to nothing.
 
-One run directory goes through twenty SIGKILLs, with temporary files' default place on another file system than the
-run's. After each kill every file under a final name is read and checked; each start says where it goes on; and the
-run that ends at last is bit for bit the one that was never killed.
+One run directory goes through twenty SIGKILLs, with the default place of temporary files on another file
+system than the run's. After each kill every file under a final name is read and checked; each start says where
+it goes on; and the run that ends at last is bit for bit the one that was never killed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Start:
         return self.lines[-1][0] == "done"
 
 
-@pytest.fixture()
+@pytest.fixture
 def other_file_system(tmp_path: Path) -> Iterator[Path | None]:
     """A directory on another file system than the run's; None where the machine offers no second one."""
     shared_memory = Path("/dev/shm")
@@ -71,13 +71,12 @@ def other_file_system(tmp_path: Path) -> Iterator[Path | None]:
 
 
 def start(root: Path, temporary: Path | None, kill: tuple[int, float] | None = None) -> Start:
-    """Run the child; with ``kill`` = (lines, seconds), SIGKILL it that long after so many lines about steps."""
+    """Run the child; with ``kill`` = (steps, seconds), SIGKILL it that long after it said so many steps."""
     environment = dict(os.environ) if temporary is None else {**os.environ, "TMPDIR": str(temporary)}
     said = Start()
     with (root.parent / f"{root.name}.log").open("w+") as log:
-        child = subprocess.Popen(
-            [sys.executable, str(CHILD), str(root)], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
+        command = [sys.executable, str(CHILD), str(root)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         assert child.stdout is not None
         with child:
             for line in child.stdout:
@@ -104,7 +103,7 @@ def assert_all_verified(root: Path) -> None:
         assert payload["global_step"] > 0
 
 
-@pytest.fixture()
+@pytest.fixture
 def reference(tmp_path: Path) -> Path:
     """The run that is never killed."""
     root = tmp_path / "reference"

@@ -24,10 +24,13 @@ def module_class(pl: Any) -> type:
     """The LightningModule, on top of ``pl.LightningModule``."""
 
     class Regression(pl.LightningModule):
-        def __init__(self, width: int = 8, lr: float = 0.05, scheduler: str = "onecycle", notes: Any = None) -> None:
+        def __init__(
+            self, width: int = 8, lr: float = 0.05, scheduler: str = "onecycle", notes: Any = None
+        ) -> None:
             super().__init__()
             self.save_hyperparameters()
-            self.net = nn.Sequential(nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 1))
+            layers = nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 1)
+            self.net = nn.Sequential(*layers)
 
         def forward(self, inputs: Tensor) -> Tensor:
             return self.net(inputs)
@@ -88,7 +91,14 @@ def make_module(pl: Any, **hyperparameters: Any) -> Any:
 def make_trainer(pl: Any, root: Path, **arguments: Any) -> Any:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     return pl.Trainer(
-        **{"accelerator": "cpu", "devices": 1, "default_root_dir": root, "max_epochs": 3, **quiet, **arguments}
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": root,
+            "max_epochs": 3,
+            **quiet,
+            **arguments,
+        }
     )
 
 

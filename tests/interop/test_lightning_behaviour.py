@@ -132,7 +132,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "last": {"save_last": True},
     "the best two": {"monitor": "val_loss", "save_top_k": 2},
     "the best by the largest": {"monitor": "val_loss", "mode": "max"},
-    "the best two and last": {"monitor": "loss_epoch", "save_top_k": 2, "save_last": True},
+    "the best two and last": {"monitor": "val_worst", "save_top_k": 2, "save_last": True},
     "a template": {"filename": "sample-{epoch:02d}-{val_loss:.2f}", "save_top_k": -1},
     "a template without names": {
         "filename": "{epoch:02d}-{val_loss:.3f}", "auto_insert_metric_name": False, "save_top_k": -1
@@ -166,17 +166,20 @@ class TestModelCheckpoint:
             paths = {name: getattr(callback, name).replace(str(root), "") for name in NAMES}
             scores = {name: getattr(callback, name) for name in SCORES}
             numbers = {name: None if score is None else float(score) for name, score in scores.items()}
-            kept = {path.replace(str(root), ""): float(score) for path, score in callback.best_k_models.items()}
+            kept = {
+                path.replace(str(root), ""): float(score) for path, score in callback.best_k_models.items()
+            }
             states.append({**paths, **numbers, "best_k_models": kept})
         assert trees[1] == trees[0]
         assert states[1] == states[0]
 
     def test_default_places(self, tmp_path: Path) -> None:
-        """Trainer's own logger and checkpoint callback, run twice in one directory."""
+        """A CSV logger and the trainer's own checkpoint callback, run twice in one directory."""
         trees = []
         for pl in (lightning, holdfast):
             root = tmp_path / pl.__name__
             for _ in range(2):
-                make_trainer(pl, root, max_epochs=1, logger=True).fit(module_class(pl)())
+                logger = pl.loggers.CSVLogger(root) if pl is lightning else True  # ours without being asked
+                make_trainer(pl, root, max_epochs=1, logger=logger).fit(module_class(pl)())
             trees.append(tree(root))
         assert trees[1] == trees[0]

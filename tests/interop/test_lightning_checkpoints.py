@@ -32,7 +32,7 @@ def same_weights(mine: Any, theirs: Any) -> bool:
     return mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
 
 
-@pytest.fixture()
+@pytest.fixture
 def ours(tmp_path: Path) -> tuple[Any, Path]:
     """A module that holdfast trained, and its checkpoint."""
     module = make_module(holdfast, width=6, lr=0.02, notes={"tags": ["a", "b"], "none": None, "on": True})
@@ -105,18 +105,23 @@ class Start(holdfast.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.place is None:
             self.place = (trainer.current_epoch, batch_idx)
+            (optimizer,) = trainer.optimizers
             self.restored = {
                 "global_step": trainer.global_step,
                 "weights": {name: value.clone() for name, value in pl_module.state_dict().items()},
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "momentum": [state["momentum_buffer"].clone() for state in trainer.optimizers[0].state.values()],
+                "lr": optimizer.param_groups[0]["lr"],
+                "momentum": [state["momentum_buffer"].clone() for state in optimizer.state.values()],
             }
 
 
 class TestWeGoOnFromLightnings:
-    """The data is in order and nothing random is drawn, so that our end must be Lightning's own."""
+    """The data is in order and nothing random is drawn, so that our end must be Lightning's own.
 
-    @pytest.fixture(params=["onecycle", "step", "plateau"])
+    Not with ReduceLROnPlateau: Lightning saves before that scheduler has seen the epoch, and what it would have
+    seen is not in the file.
+    """
+
+    @pytest.fixture(params=["onecycle", "step"])
     def scheduler(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
@@ -128,10 +133,13 @@ class TestWeGoOnFromLightnings:
         written = torch.load(path, weights_only=False)
         (optimizer,) = written["optimizer_states"]
         assert start.restored["global_step"] == written["global_step"]
-        assert all(start.restored["weights"][name].equal(value) for name, value in written["state_dict"].items())
+        weights = start.restored["weights"]
+        assert all(weights[name].equal(value) for name, value in written["state_dict"].items())
         assert start.restored["lr"] == optimizer["param_groups"][0]["lr"]
         buffers = [state["momentum_buffer"] for state in optimizer["state"].values()]
-        assert all(mine.equal(theirs) for mine, theirs in zip(start.restored["momentum"], buffers, strict=True))
+        assert all(
+            mine.equal(theirs) for mine, theirs in zip(start.restored["momentum"], buffers, strict=True)
+        )
         return module, trainer, start
 
     @pytest.mark.parametrize("epoch", [0, 1])

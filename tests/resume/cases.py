@@ -1,4 +1,4 @@
-"""What the resume tests train: one small module and its data, with a switch for everything that can break a resume."""
+"""What the resume tests train: one small module and its data, with a switch for all that breaks a resume."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Case:
     target: str | None = None  # "module", "callback"
     loss_factor: float = 1.0
     # validation
-    validation: str | None = None  # "plain", "shuffled", "augmented", "drawing" (the loader augments, and the step draws)
+    validation: str | None = (
+        None  # "plain", "shuffled", "augmented", "drawing" (augmented, and the step draws)
+    )
     early_stopping: bool = False
     best_k: int = 0
     # the trainer's own arguments
@@ -74,7 +76,7 @@ class Rows(Dataset[tuple[int, Tensor, Tensor]]):
 
 
 class Stream(IterableDataset[tuple[int, Tensor, Tensor]]):
-    """The same rows, in order and without a length or a state: resuming has to read it again from the start."""
+    """The same rows, in order, without length or state: resuming has to read it again from the start."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -209,7 +211,7 @@ def target_callback(pl: Any) -> Any:
     """A callback that moves the target network after every batch."""
 
     class MoveTarget(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             move_target(pl_module)
 
     return MoveTarget()

@@ -19,7 +19,7 @@ from holdfast.checkpoint.load import load
 from .cases import Case, module_class, target_callback, train_loader, val_loader
 from .tape import Tape, bits, recording_callback, recording_logger, with_recorded_hooks
 
-# Where a run says when and where it happened; the only things in a checkpoint that two equal runs may disagree on.
+# Where a run says when it happened; the only things in a checkpoint that two equal runs may disagree on.
 INCIDENTAL_KEYS = ("saved_at",)
 
 REQUESTS = {
@@ -32,8 +32,8 @@ REQUESTS = {
 class SaveEverywhere(Checkpoint):
     """Asks for a save after every batch, validation and epoch; each saved file is one place to resume from.
 
-    A resumed run has it too, without a directory: it decides the same and saves nothing, so that comparing the runs
-    also shows that saving changes nothing.
+    A resumed run has it too, without a directory: it decides the same and saves nothing, so that comparing
+    the runs also shows that saving changes nothing.
     """
 
     def __init__(self, directory: Path | None, tape: Tape) -> None:
@@ -55,7 +55,7 @@ class SaveEverywhere(Checkpoint):
             self.reasons.append(reason)
             trainer.request_save(self)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self.ask(trainer, "batch")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -161,13 +161,22 @@ def first_difference(left: Any, right: Any, where: str = "") -> str | None:
             return f"{where}: {len(left)} and {len(right)} items: {left!r} and {right!r}"
         pairs = ((index, *both) for index, both in enumerate(zip(left, right, strict=True)))
     elif isinstance(left, torch.Tensor):
-        return None if bits(left) == bits(right) else f"{where}: {left} and {right}"
+        return None if bits(left) == bits(right) else f"{where}: {tensor_difference(left, right)}"
     elif isinstance(left, float):
         same = left == right or (math.isnan(left) and math.isnan(right))
         return None if same else f"{where}: {left!r} and {right!r}"
     else:
         return None if left == right else f"{where}: {left!r} and {right!r}"
-    return next(filter(None, (first_difference(mine, theirs, f"{where}/{key}") for key, mine, theirs in pairs)), None)
+    found = (first_difference(mine, theirs, f"{where}/{key}") for key, mine, theirs in pairs)
+    return next(filter(None, found), None)
+
+
+def tensor_difference(left: torch.Tensor, right: torch.Tensor) -> str:
+    """How two tensors that are not the same differ."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return f"{left.dtype} {tuple(left.shape)} and {right.dtype} {tuple(right.shape)}"
+    apart = (left.double() - right.double()).abs()
+    return f"{int((apart > 0).sum())} of {apart.numel()} values differ, by {float(apart.max()):.3g} at most"
 
 
 def events_after_start(tape: Tape) -> list[Any]:
@@ -217,7 +226,7 @@ def everywhere(whole: Outcome) -> list[int]:
 
 
 def spread(whole: Outcome) -> list[int]:
-    """A few telling places: in the middle of both epochs, after the first validation, after the first epoch."""
+    """A few telling places: in the middle of both epochs, after the first validation and the first epoch."""
     batches = whole.of_kind("batch")
     chosen = {batches[1], batches[len(batches) * 2 // 3]}
     return sorted({*chosen, *whole.of_kind("epoch")[:1], *whole.of_kind("validation")[:1]})

@@ -1,7 +1,7 @@
 """Records, in one ordered list, everything that a training run does that a user could notice.
 
-The same recorders are made for holdfast and for PyTorch Lightning (``pl`` is either package), so that two runs of
-one package, or one run of each, can be compared event by event.
+The same recorders are made for holdfast and for PyTorch Lightning (``pl`` is either package), so that two
+runs of one package, or one run of each, can be compared event by event.
 """
 
 from __future__ import annotations

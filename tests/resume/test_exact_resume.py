@@ -1,9 +1,9 @@
 """A run that is stopped at a safe point and resumed is, bit for bit, the run that was never stopped.
 
-Each test trains a small case whole, saving at its safe points, and then starts again from some of the files with a
-fresh model whose weights and generators are different. What must be equal: every row seen, augmented input, loss,
-logged value and hook from there on; the final weights; the whole final checkpoint, which holds the optimizer, the
-schedulers, the scaler and the callbacks; and the next numbers that each global generator draws.
+Each test trains a small case whole, saving at its safe points, and then starts again from some of the files
+with a fresh model whose weights and generators are different. What must be equal: every row seen, augmented
+input, loss, logged value and hook from there on; the final weights; the whole final checkpoint, which holds the
+optimizer, the schedulers, the scaler and the callbacks; and the numbers that each generator draws next.
 """
 
 from __future__ import annotations
@@ -107,9 +107,12 @@ class TestStopAtEveryStep:
     """PITFALLS 1 and 13: every place of two epochs, epoch ends and validation in the middle included."""
 
     def test_with_everything_random(self, tmp_path: Path) -> None:
-        case = Case(**RANDOM, scheduler="onecycle", validation="shuffled", trainer={"val_check_interval": 0.5})
+        half = {"val_check_interval": 0.5}
+        case = Case(**RANDOM, scheduler="onecycle", validation="shuffled", trainer=half)
         whole = assert_resumes_exactly(case, tmp_path, everywhere)
-        assert len(whole.of_kind("batch")) >= 12, "the two epochs have 8 batches each, some saved for validation"
+        assert len(whole.of_kind("batch")) >= 12, (
+            "the two epochs have 8 batches each, some saved for validation"
+        )
         assert whole.of_kind("epoch")
 
     def test_inside_accumulation_windows_that_do_not_divide_the_epoch(self, tmp_path: Path) -> None:
@@ -134,7 +137,7 @@ class TestSeveralResumes:
     def test_a_file_saved_at_once_after_a_resume_is_the_file_resumed_from_one_step_later(
         self, tmp_path: Path
     ) -> None:
-        """PITFALLS 5: the position is neither one batch ahead nor behind, however often it is carried over."""
+        """PITFALLS 5: the position is neither ahead nor behind, however often it is carried over."""
         case = Case(**RANDOM)
         whole = run(case, tmp_path / "whole")
         files = whole.files
@@ -153,7 +156,9 @@ class TestEndOfEpochs:
         whole = assert_resumes_exactly(case, tmp_path, lambda outcome: outcome.of_kind("epoch"))
         orders = [event[2] for event in whole.tape if event[0] == "trained"]
         epochs = [orders[start : start + 3] for start in range(0, 12, 3)]
-        assert len({tuple(epoch) for epoch in epochs}) == 4, "the order of the rows differs from epoch to epoch"
+        assert len({tuple(epoch) for epoch in epochs}) == 4, (
+            "the order of the rows differs from epoch to epoch"
+        )
         assert all(sorted(sum(epoch, ())) == list(range(12)) for epoch in epochs)
 
     def test_the_file_of_a_finished_run_trains_nothing_more(self, tmp_path: Path) -> None:
@@ -187,7 +192,10 @@ class TestBestAndPatience:
 
     def test_early_stopping_stops_at_the_same_epoch(self, tmp_path: Path) -> None:
         case = Case(
-            **VALIDATED, early_stopping=True, scheduler="step", trainer={"max_epochs": 30, "log_every_n_steps": 50}
+            **VALIDATED,
+            early_stopping=True,
+            scheduler="step",
+            trainer={"max_epochs": 30, "log_every_n_steps": 50},
         )
         whole = assert_resumes_exactly(case, tmp_path, lambda outcome: outcome.of_kind("epoch"))
         epochs = whole.tape.names("callback").count("on_train_epoch_start")
@@ -215,7 +223,7 @@ WORKER_CASES = {
 
 
 class TestWorkers:
-    """PITFALLS 4 and 5: prefetched batches count when they are trained on; augmentation is the batch's own."""
+    """PITFALLS 4 and 5: a prefetched batch counts when it is trained on; augmentation is the batch's own."""
 
     @pytest.mark.parametrize("case", WORKER_CASES.values(), ids=WORKER_CASES.keys())
     def test_resumes_exactly(self, case: Case, tmp_path: Path) -> None:
@@ -249,7 +257,7 @@ class TestValidationDoesNotShiftTraining:
 
     def test_rows_inputs_and_losses(self, tmp_path: Path) -> None:
         plain = run(Case(**RANDOM, validation="plain"), tmp_path / "plain", save=False)
-        drawing = run(Case(**RANDOM, validation="augmented"), tmp_path / "drawing", save=False)
+        drawing = run(Case(**RANDOM, validation="drawing"), tmp_path / "drawing", save=False)
         assert validated(plain) != validated(drawing), "the validation rows are augmented"
         assert trained(plain) == trained(drawing)
 

@@ -91,9 +91,7 @@ class Callback:
     ) -> None:
         """Called when a training batch ends."""
 
-    def on_before_zero_grad(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before ``optimizer.zero_grad()``."""
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

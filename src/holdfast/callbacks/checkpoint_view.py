@@ -57,11 +57,12 @@ class View:
         """Return the view with these models as the best, and all that follows from it."""
         order = best_first([Ranked(path, score.item()) for path, score in models.items()], mode)
         full = bool(order) and (k == -1 or len(order) >= k)
+        no_value = math.inf if mode == "min" else -math.inf
         return replace(
             self,
             best_k_models=models,
             kth_best_model_path=order[-1].path if full else "",
-            kth_value=models[order[-1].path] if full else torch.tensor(math.inf if mode == "min" else -math.inf),
+            kth_value=models[order[-1].path] if full else torch.tensor(no_value),
             best_model_path=order[0].path if order else "",
             best_model_score=models[order[0].path] if order else None,
         )

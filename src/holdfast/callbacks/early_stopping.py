@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ class Verdict:
 
 
 def judge(
-    current: float,
-    best: float,
+    current: Tensor,
+    best: Tensor,
     wait_count: int,
     *,
     monitor: str,
@@ -61,7 +61,8 @@ def judge(
     """Decide, from one new value, whether it is an improvement and whether the run stops.
 
     Args:
-        current: The new value.
+        current: The new value, 0-dim. It is compared in its own precision: what equals a threshold when
+            rounded to float32 is not better than it.
         best: The best so far; an infinity when there is none.
         wait_count: How many values in a row were no improvement.
         monitor: The value's name, for the message.
@@ -72,29 +73,26 @@ def judge(
         stopping_threshold: Stop once the value is better than this.
         divergence_threshold: Stop once the value is worse than this.
     """
-
-    def better(one: float, other: float) -> bool:
-        return one < other if mode == "min" else one > other
-
-    sign = "<" if mode == "min" else ">"
-    if check_finite and not math.isfinite(current):
-        text = f"{monitor} is {current}, not a finite number. The best was {best:.4g}."
+    better, worse = (torch.lt, torch.gt) if mode == "min" else (torch.gt, torch.lt)
+    sign, against = ("<", ">") if mode == "min" else (">", "<")
+    value, record = current.item(), best.item()
+    if check_finite and not math.isfinite(value):
+        text = f"{monitor} is {value}, not a finite number. The best was {record:.4g}."
         return Verdict(EarlyStoppingReason.NON_FINITE_METRIC, text, False, wait_count)
     if stopping_threshold is not None and better(current, stopping_threshold):
-        text = f"{monitor} has reached the goal: {current:.6g} {sign} {stopping_threshold}."
+        text = f"{monitor} has reached the goal: {value:.6g} {sign} {stopping_threshold}."
         return Verdict(EarlyStoppingReason.STOPPING_THRESHOLD, text, False, wait_count)
-    if divergence_threshold is not None and better(divergence_threshold, current):
-        against = ">" if mode == "min" else "<"
-        text = f"{monitor} has diverged: {current:.6g} {against} {divergence_threshold}."
+    if divergence_threshold is not None and worse(current, divergence_threshold):
+        text = f"{monitor} has diverged: {value:.6g} {against} {divergence_threshold}."
         return Verdict(EarlyStoppingReason.DIVERGENCE_THRESHOLD, text, False, wait_count)
     if better(current + min_delta if mode == "min" else current - min_delta, best):
-        gain = "" if math.isinf(best) else f" by {abs(current - best):.4g}"
-        text = f"{monitor} improved{gain} to {current:.4g}."
+        gain = "" if math.isinf(record) else f" by {abs(value - record):.4g}"
+        text = f"{monitor} improved{gain} to {value:.4g}."
         return Verdict(EarlyStoppingReason.NOT_STOPPED, text, True, 0)
     wait_count += 1
     if wait_count >= patience:
         times = "once" if wait_count == 1 else f"{wait_count} times in a row"
-        text = f"{monitor} did not improve {times}. The best was {best:.4g}."
+        text = f"{monitor} did not improve {times}. The best was {record:.4g}."
         return Verdict(EarlyStoppingReason.PATIENCE_EXHAUSTED, text, False, wait_count)
     return Verdict(EarlyStoppingReason.NOT_STOPPED, "", False, wait_count)
 
@@ -124,8 +122,8 @@ class EarlyStopping(Callback):
         ConfigError: ``mode`` is neither "min" nor "max", or ``monitor`` was not logged (with ``strict``).
     """
 
-    mode_dict = {"min": torch.lt, "max": torch.gt}
-    order_dict = {"min": "<", "max": ">"}
+    mode_dict: ClassVar[dict[str, Any]] = {"min": torch.lt, "max": torch.gt}
+    order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
 
     def __init__(
         self,
@@ -193,7 +191,7 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the counters back; ``patience`` stays as it was given, so that it can be raised."""
+        """Take back what `state_dict` returned, ``patience`` included."""
         self.wait_count = int(state_dict["wait_count"])
         self.stopped_epoch = int(state_dict["stopped_epoch"])
         self.best_score = torch.as_tensor(state_dict["best_score"]).detach().clone()
@@ -216,8 +214,8 @@ class EarlyStopping(Callback):
         if value is None:
             return
         verdict = judge(
-            value.item(),
-            self.best_score.item(),
+            value,
+            self.best_score,
             self.wait_count,
             monitor=self.monitor,
             mode=self.mode,

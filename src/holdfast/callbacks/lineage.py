@@ -23,9 +23,7 @@ def new_run_id() -> str:
     return os.urandom(8).hex()
 
 
-def summary_extra(
-    state_key: str, *, run: str | None, name: str, score: float | None
-) -> dict[str, Any]:
+def summary_extra(state_key: str, *, run: str | None, name: str, score: float | None) -> dict[str, Any]:
     """Say in a file's summary which callback and run it belongs to, and what it was ranked on.
 
     Args:
@@ -52,7 +50,7 @@ def describe(path: str) -> Found | None:
         path=os.path.abspath(path),
         step=int(summary.step or 0),
         run=extra.get("run"),
-        score=float(score) if ranked else None,
+        score=float(str(score)) if ranked else None,
     )
 
 

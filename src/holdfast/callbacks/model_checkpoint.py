@@ -122,13 +122,15 @@ class ModelCheckpoint(Checkpoint):
             )
         if monitor is None and save_top_k not in (-1, 0, 1):
             raise ConfigError(
-                f"ModelCheckpoint(save_top_k={save_top_k}) has nothing to rank by: give monitor=, the name of "
-                "a logged value, or save_top_k=-1 to keep all, 0 none, 1 the newest."
+                f"ModelCheckpoint(save_top_k={save_top_k}) has nothing to rank by: give monitor=, the name "
+                "of a logged value, or save_top_k=-1 to keep all, 0 none, 1 the newest."
             )
         if mode not in ("min", "max"):
             raise ConfigError(f"ModelCheckpoint(mode={mode!r}) must be 'min' or 'max'.")
         if save_last not in (None, True, False, "link"):
-            raise ConfigError(f"ModelCheckpoint(save_last={save_last!r}) must be True, False, None or 'link'.")
+            raise ConfigError(
+                f"ModelCheckpoint(save_last={save_last!r}) must be True, False, None or 'link'."
+            )
         self._interval_s = None if train_time_interval is None else train_time_interval.total_seconds()
         self._every_n_train_steps, self._every_n_epochs = triggers.resolve_intervals(
             every_n_train_steps, every_n_epochs, self._interval_s
@@ -191,7 +193,10 @@ class ModelCheckpoint(Checkpoint):
 
     def uses_hook(self, name: str) -> bool:
         """Leave the batch hook out when no interval needs it: then a step costs nothing."""
-        if name == "on_train_batch_end" and type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end:
+        if (
+            name == "on_train_batch_end"
+            and type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end
+        ):
             return self._every_n_train_steps >= 1 or self._interval_s is not None
         return super().uses_hook(name)
 
@@ -390,7 +395,9 @@ class ModelCheckpoint(Checkpoint):
             undo=undo,
         )
 
-    def _plan_exception(self, trainer: Trainer, metrics: dict[str, Tensor], step: int) -> CheckpointPlan | None:
+    def _plan_exception(
+        self, trainer: Trainer, metrics: dict[str, Tensor], step: int
+    ) -> CheckpointPlan | None:
         if step == self._saved_step:
             return None
 
@@ -457,8 +464,8 @@ class ModelCheckpoint(Checkpoint):
         if math.isnan(score.item()):
             warn_once(
                 ("ModelCheckpoint", "nan", self.state_key),
-                f"{self.monitor} is NaN at step {trainer.global_step}: a checkpoint with NaN never ranks above "
-                "one with a number.",
+                f"{self.monitor} is NaN at step {trainer.global_step}: a checkpoint with NaN never ranks "
+                "above one with a number.",
             )
         return score
 
@@ -524,7 +531,9 @@ class ModelCheckpoint(Checkpoint):
             metrics, None, lambda path: path in free or not os.path.lexists(path) or mine_to_overwrite(path)
         )
 
-    def _choose_last(self, trainer: Trainer, metrics: dict[str, Tensor], before: View, names: list[str]) -> str:
+    def _choose_last(
+        self, trainer: Trainer, metrics: dict[str, Tensor], before: View, names: list[str]
+    ) -> str:
         used = before.paths() - {before.last_model_path}
 
         def usable(path: str) -> bool:
@@ -555,7 +564,9 @@ class ModelCheckpoint(Checkpoint):
             doomed += left_behind(self._leftovers, run=self._run, step=plan.step, keep={*kept, *doomed})
         self._leftovers = [found for found in self._leftovers if found.step > plan.step]
         protected = _protected(trainer)
-        return [path for path in doomed if lineage.remove(path, inside=self.dirpath or "", protected=protected)]
+        return [
+            path for path in doomed if lineage.remove(path, inside=self.dirpath or "", protected=protected)
+        ]
 
     def _take_stock(self, trainer: Trainer, resumed_from: str) -> tuple[str, View, list[Found]]:
         """Set what the checkpoint remembers against what the directory holds."""

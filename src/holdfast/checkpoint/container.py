@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from holdfast.checkpoint.integrity import crc32
+from holdfast.checkpoint.checksum import crc32
 
 ROOT = "archive/"
 RECORDS = "holdfast/records.json"

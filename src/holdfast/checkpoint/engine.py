@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 from holdfast.checkpoint import commit, container, payload, pickling
 from holdfast.checkpoint.container import Entry
-from holdfast.checkpoint.integrity import crc32
+from holdfast.checkpoint.checksum import crc32
 from holdfast.checkpoint.tensors import CHUNK_BYTES, Plan, Record
 from holdfast.errors import ConfigError, StorageError
 
@@ -49,6 +50,12 @@ class CheckpointEngine:
     before it returns or in the background; `wait` and `close` are where a caller meets what is still
     running, and where its errors are raised if no further `save` comes.
     """
+
+    copying = False
+    """Whether a snapshot still reads live tensors: then `wait_for_copy` has to come before they change."""
+
+    def wait_for_copy(self) -> None:
+        """Return when live tensors may change again. A save that blocks has copied by the time it returns."""
 
     def save(
         self,
@@ -97,6 +104,7 @@ def _save(
     on_commit: Callable[[SaveReport], None] | None,
 ) -> SaveReport:
     began = time.monotonic()
+    gc.disable()
     final = os.path.abspath(os.fspath(path))
     encoded = payload.encode(value)
     plan = Plan(encoded.tensors)
@@ -179,7 +187,7 @@ class _Writer:
 
     def add_record(self, record: Record) -> None:
         if record.length <= _SMALL_BYTES:
-            data = b"".join(bytes(chunk) for chunk in record.chunks())
+            data = record.small()
             self._add(record.name, len(data), crc32(data), [data])
             return
         # Twice over the memory, since a zip's checksum stands before the data; a checksum costs little.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import threading
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from holdfast.checkpoint import catalog, container, foreign, integrity, payload, pickling
-from holdfast.checkpoint.container import Entry
-from holdfast.checkpoint.integrity import crc32
+from holdfast.checkpoint import catalog, commit, container, foreign, integrity, payload, pickling
+from holdfast.checkpoint.integrity import Damage, Job, Manifest
 from holdfast.checkpoint.tensors import memory
 from holdfast.errors import (
     CheckpointCorrupt,
@@ -22,11 +19,6 @@ from holdfast.errors import (
     CheckpointNotFound,
     CheckpointUnsafe,
 )
-
-_BATCH_BYTES = 16 << 20
-_BATCH_RECORDS = 400  # two buffers each, and the kernel takes 1,024
-_CHECK_BYTES = 4 << 20  # read and checked while it is in the processor's cache
-_STAGED_BYTES = 64 << 10
 
 
 def load(
@@ -56,21 +48,142 @@ def load(
         CheckpointUnsafe: the file asks for code or for absurd amounts of memory.
         StorageError: the disk failed.
     """
+    import gc; gc.disable()
     name = os.fspath(path)
-    file = _open(name)
-    with file:
-        fd = file.fileno()
-        try:
-            tail = container.read_tail(fd)
-        except container.NotWhole as problem:
-            if problem.ours or container.has_mark(fd):
-                raise CheckpointIncomplete(
-                    f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.{_newest(name)}",
-                    path=name,
-                ) from None
-            return foreign.load(name, fd, map_location=map_location, skip=skip, verify=verify)
-        except OSError as error:
-            from holdfast.checkpoint.commit import storage_error
+    try:
+        with _open(name) as file:
+            tail = _own_tail(name, file.fileno())
+            if tail is None:
+                return foreign.load(name, file.fileno(), map_location, frozenset(skip), verify)
+            return _load_own(name, file.fileno(), tail, map_location, frozenset(skip), verify)
+    except Damage as damage:
+        raise CheckpointCorrupt(f"{os.path.basename(name)} is corrupt: {damage}.{newest(name)}", path=name) from None
+    except pickling.UnsafeGlobal as unsafe:
+        raise CheckpointUnsafe(
+            f"{os.path.basename(name)} asks for {unsafe.name}, which opening a checkpoint never gives. "
+            "Nothing was run. Do not use this file unless you know who wrote it.",
+            path=name,
+        ) from None
+    except OSError as error:
+        if isinstance(error, CheckpointNotFound):
+            raise
+        raise commit.storage_error(name, "read", error) from error
 
-            raise storage_error(name, "read", error) from error
-        return _Reader(name, fd, tail, map_location, frozenset(skip), verify).load()
+
+def is_holdfast(path: str | os.PathLike[str]) -> bool:
+    """Whether holdfast wrote the file, whole or not.
+
+    Raises:
+        CheckpointNotFound: there is no such file.
+    """
+    with _open(os.fspath(path)) as file:
+        try:
+            container.read_tail(file.fileno())
+        except container.NotWhole as problem:
+            return problem.ours or container.has_mark(file.fileno())
+    return True
+
+
+def _open(name: str) -> Any:
+    try:
+        return open(name, "rb", buffering=0)
+    except IsADirectoryError:
+        raise CheckpointIncomplete(f"{name} is a directory, not a checkpoint file.", path=name) from None
+    except FileNotFoundError:
+        directory, wanted = os.path.split(os.path.abspath(name))
+        if not os.path.isdir(directory):
+            hint = f"There is no directory {directory} either."
+        else:
+            there = sorted(entry for entry in os.listdir(directory) if not entry.startswith("."))
+            near = difflib.get_close_matches(wanted, there, n=3, cutoff=0.3) or [
+                entry for entry in there if entry.endswith(catalog.SUFFIX)
+            ][:3]
+            hint = f"The nearest names there: {', '.join(near)}." if near else "That directory has no checkpoints."
+        raise CheckpointNotFound(f"There is no checkpoint {name}. {hint}", path=name) from None
+
+
+def newest(name: str) -> str:
+    """A line that names the newest whole checkpoint beside a file that is not, or nothing."""
+    directory = os.path.dirname(os.path.abspath(name))
+    for entry in catalog.scan(directory):
+        if entry.whole and not entry.foreign and not os.path.samefile(entry.path, name):
+            return f"\nNewest whole checkpoint in {directory}: {os.path.basename(entry.path)}."
+    return ""
+
+
+def _own_tail(name: str, fd: int) -> container.Tail | None:
+    try:
+        tail = container.read_tail(fd)
+    except container.NotWhole as problem:
+        if problem.ours or container.has_mark(fd):
+            raise CheckpointIncomplete(
+                f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.{newest(name)}", path=name
+            ) from None
+        return None
+    version = tail.summary["format"]
+    if version > container.FORMAT:
+        raise CheckpointIncompatible(
+            f"{os.path.basename(name)} has format {version}; this holdfast reads formats up to {container.FORMAT}. "
+            "Update holdfast to read it.",
+            path=name,
+        )
+    return tail
+
+
+def _load_own(
+    name: str, fd: int, tail: container.Tail, map_location: Any, skip: frozenset[str], verify: bool
+) -> Any:
+    manifest = integrity.read_manifest(fd, tail)
+    pickled, storages = _read(fd, manifest, skip, verify)
+    restore = None
+    if map_location is None or torch.device("cpu") != _device(map_location):
+        restore = torch.serialization._get_restore_location(map_location)
+
+    def storage(key: str, location: str) -> torch.UntypedStorage:
+        found = storages.get(f"data/{key}")
+        if found is None:
+            raise pickling.PickleError(f"there is no record data/{key}")
+        if restore is not None and found.device.type == "cpu":
+            found = storages[f"data/{key}"] = restore(found, location)
+        return found
+
+    try:
+        pickling.scan(pickled)
+        tree = pickling.SafeUnpickler(pickled, storage).load()
+        value = payload.decode(tree, manifest.types)
+    except (pickling.UnsafeGlobal, OSError):
+        raise
+    except Exception as error:
+        # Its checksum is right, so this was written by something that is not holdfast, or to do harm.
+        raise CheckpointUnsafe(f"{os.path.basename(name)} cannot be read: {error}.", path=name) from error
+    if isinstance(value, dict):
+        for key in skip:
+            value.pop(key, None)
+    return value
+
+
+def _device(map_location: Any) -> Any:
+    return torch.device(map_location) if isinstance(map_location, (str, torch.device)) else None
+
+
+def _read(
+    fd: int, manifest: Manifest, skip: frozenset[str], verify: bool
+) -> tuple[bytes, dict[str, torch.UntypedStorage]]:
+    storages: dict[str, torch.UntypedStorage] = {}
+    jobs: list[Job] = []
+    pickled = bytearray()
+    for record in manifest.records:
+        entry = record.entry
+        if not entry.name.startswith("data/"):
+            buffer = bytearray(entry.length)
+            if entry.name == "data.pkl":
+                pickled = buffer
+            jobs.append(Job(record, memoryview(buffer)))
+        elif skip and record.tensors and all(tensor.split("/", 1)[0] in skip for tensor in record.tensors):
+            storages[entry.name] = torch.UntypedStorage(entry.length, device="meta")
+        else:
+            storage = torch.UntypedStorage(entry.length)
+            storages[entry.name] = storage
+            jobs.append(Job(record, memory(storage.data_ptr(), entry.length, writable=True)))
+    integrity.read_records(fd, jobs, verify=verify)
+    return bytes(pickled), storages

@@ -172,7 +172,7 @@ class _Encoder:
                 except _Unstorable as reason:
                     self.omit(reason, str(type(key).__name__))
                     continue
-            path.append(key if kind is str else str(key))
+            path.append(_component(key if kind is str else str(key)))
             try:
                 plain, spec = self.value(value)
             except _Unstorable as reason:
@@ -200,6 +200,11 @@ class _Encoder:
             into.append(plain)
             path.pop()
         return into, {"items": items} if items else None
+
+
+def _component(key: str) -> str:
+    """One part of a slashed path; a slash within it is escaped, as JSON pointers do it."""
+    return key.replace("~", "~0").replace("/", "~1") if "/" in key or "~" in key else key
 
 
 def _plain_key(key: Any) -> Any:

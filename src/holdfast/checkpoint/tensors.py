@@ -60,6 +60,12 @@ class Record:
     def name(self) -> str:
         return f"data/{self.key}"
 
+    def small(self) -> bytes:
+        """The record's bytes, copied."""
+        if self.dense is None and self.storage.device.type == "cpu":
+            return ctypes.string_at(self.storage.data_ptr() + self.start, self.length) if self.length else b""
+        return b"".join(self.chunks())
+
     def chunks(self) -> Iterator[Any]:
         """The record's bytes in pieces of about `CHUNK_BYTES`; a device's memory is copied piece by piece."""
         if self.dense is not None:

@@ -34,7 +34,9 @@ class Logger(ABC):
         """Keep ``metrics`` as of global step ``step``."""
 
     @abstractmethod
-    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Keep the run's hyperparameters."""
 
     @property

@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from holdfast.checkpoint import commit
 from holdfast.loggers.base import Logger
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
@@ -65,7 +66,6 @@ class ExperimentWriter:
 
         self.hparams.update(params)
         text = yaml.safe_dump(_yaml_value(self.hparams), default_flow_style=False, allow_unicode=True)
-        os.makedirs(self.log_dir, exist_ok=True)
         _replace(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), text)
 
     def save(self) -> None:
@@ -78,7 +78,6 @@ class ExperimentWriter:
         if keys == self.metrics_keys:
             _append(self.metrics_file_path, _csv_text(keys, rows, header=False))
         else:
-            os.makedirs(self.log_dir, exist_ok=True)
             kept = _read_rows(self.metrics_file_path)[: self.rows_written] if self.rows_written else []
             _replace(self.metrics_file_path, _csv_text(keys, [*kept, *rows], header=True))
             self.metrics_keys = keys
@@ -92,7 +91,9 @@ class ExperimentWriter:
         path = self.metrics_file_path
         if not os.path.exists(path):
             if self._keep_rows:
-                rank_zero_warn(f"{path} is gone: its {self._keep_rows} rows from before the resume are missing.")
+                rank_zero_warn(
+                    f"{path} is gone: its {self._keep_rows} rows from before the resume are missing."
+                )
             return
         if self._keep_rows is None:
             aside = _free_name(path)
@@ -259,7 +260,10 @@ def _yaml_value(value: Any) -> Any:
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {key if type(key) in (bool, int, float, str) else str(key): _yaml_value(v) for key, v in value.items()}
+        return {
+            key if type(key) in (bool, int, float, str) else str(key): _yaml_value(v)
+            for key, v in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_yaml_value(item) for item in value]
     return str(value)
@@ -283,17 +287,13 @@ def _read_rows(path: str) -> list[dict[str, str]]:
 
 
 def _append(path: str, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
-        data = text.encode()
-        while data:
-            data = data[os.write(descriptor, data) :]
+        commit.write_all(descriptor, text.encode())
     finally:
         os.close(descriptor)
 
 
 def _replace(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    with commit.replacing(path) as replacement:
+        commit.write_all(replacement.fd, text.encode())

@@ -154,9 +154,9 @@ class LightningOptimizer:
     Everything else is the wrapped optimizer's.
     """
 
-    def __init__(self, optimizer: Optimizer, owner: AutomaticOptimization | ManualOptimization) -> None:
+    def __init__(self, optimizer: Optimizer, trainer: Trainer) -> None:
         self._optimizer = optimizer
-        self._owner = owner
+        self._trainer = trainer
 
     @property
     def optimizer(self) -> Optimizer:
@@ -165,7 +165,7 @@ class LightningOptimizer:
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step the optimizer: gradients unscaled, hooks called, the step counted."""
-        return self._owner.step_optimizer(self._optimizer, closure, **kwargs)
+        return self._trainer.optimization.step_optimizer(self._optimizer, closure, **kwargs)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Clear the gradients."""
@@ -173,7 +173,7 @@ class LightningOptimizer:
 
     def toggle_model(self, sync_grad: bool = True) -> Any:
         """A context in which only this optimizer's parameters require gradients."""
-        return self._owner.trainer.lightning_module.toggled_optimizer(self._optimizer)
+        return self._trainer.lightning_module.toggled_optimizer(self._optimizer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_optimizer"], name)

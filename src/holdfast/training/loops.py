@@ -1,0 +1,354 @@
+"""The fit loop: epochs, batches, and the two kinds of safe point at which a checkpoint can be taken.
+
+A safe point lies after all hooks of a batch (and again after the validation that followed it), or after all
+hooks and schedulers of an epoch. Hooks and callbacks only request; nothing is saved anywhere else. A resumed
+run enters exactly behind the safe point that its checkpoint was taken at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import ConfigError
+from holdfast.training import rng, state
+from holdfast.training.data import BatchStream, batch_size_of
+from holdfast.training.evaluation import EvaluationLoop, count_batches
+from holdfast.training.hooks import bind, call
+from holdfast.training.optimization import make_optimization, step_schedulers
+from holdfast.training.progress import BATCH, END, START, VALIDATED, RunningStage
+from holdfast.training.transfer import make_transfer
+from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from holdfast.training.trainer import Trainer
+
+_NO_BATCH = object()
+
+
+class FitLoop:
+    """Trains until a limit is reached; made anew for every fit.
+
+    Args:
+        trainer: The trainer.
+        load_train: Gives the training loader; called when it is needed first.
+        load_val: Gives the validation loader or loaders; likewise.
+        resumed: The "holdfast" part of the checkpoint that the run goes on from, or None.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        load_train: Callable[[], Any],
+        load_val: Callable[[], Any],
+        resumed: dict[str, Any] | None,
+    ) -> None:
+        self.trainer = trainer
+        self.progress = trainer.progress
+        self.stream: BatchStream | None = None
+        self.batches: int | float = float("inf")
+        self.validation: EvaluationLoop | None = None
+        self._load_train = load_train
+        self._load_val = load_val
+        self._resumed = resumed
+        self._val_check: int | float = float("inf")
+
+    def setup_data(self) -> None:
+        """Make the training loader and count its batches; does nothing the second time."""
+        if self.stream is None:
+            trainer = self.trainer
+            loader = self._load_train()
+            self.stream = BatchStream(loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank)
+            self.batches = count_batches(self.stream.length(), trainer.limit_train_batches, "limit_train_batches")
+            self._val_check = self._validation_interval()
+
+    def _validation_interval(self) -> int | float:
+        """Batches between validation runs; infinite where only the end of the data can tell."""
+        interval, batches = self.trainer.val_check_interval, self.batches
+        if isinstance(interval, int) and not isinstance(interval, bool):
+            if interval > batches and self.trainer.check_val_every_n_epoch is not None:
+                raise ConfigError(
+                    f"Trainer(val_check_interval={interval}) is more than the {batches} batches of an epoch. With "
+                    "check_val_every_n_epoch=None it counts batches across epochs."
+                )
+            return interval
+        if math.isinf(batches):
+            if interval == 1.0:
+                return batches
+            raise ConfigError(
+                f"Trainer(val_check_interval={interval}): the training data has no length to take a fraction of. "
+                "Give a number of batches."
+            )
+        return max(1, int(batches * interval))
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    def sanity_check(self) -> None:
+        """A few validation batches before training, on random numbers of their own and leaving no metric behind."""
+        trainer = self.trainer
+        if not trainer.enable_validation or not trainer.num_sanity_val_steps or self._resumed is not None:
+            return
+        limit = trainer.num_sanity_val_steps
+        trainer.state.stage = RunningStage.SANITY_CHECKING
+        call(trainer, "on_sanity_check_start", only="callbacks")
+        validation = self._make_validation()
+        validation.stage = RunningStage.SANITY_CHECKING
+        with rng.apart(rng.derive(trainer.seed, "sanity check")):
+            validation.run(0, float("inf") if limit == -1 else limit)
+        call(trainer, "on_sanity_check_end", only="callbacks")
+        trainer.metrics.callback.clear()
+        trainer.metrics.logged.clear()
+        validation.stage = RunningStage.VALIDATING
+
+    def _make_validation(self) -> EvaluationLoop:
+        if self.validation is None:
+            trainer = self.trainer
+            self.validation = EvaluationLoop(
+                trainer, RunningStage.VALIDATING, self._load_val(), (trainer.limit_val_batches, "limit_val_batches")
+            )
+        return self.validation
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to train, before or after any epoch."""
+        trainer, progress = self.trainer, self.progress
+        if trainer.max_steps != -1 and progress.global_step >= trainer.max_steps:
+            return True
+        epochs_done = progress.epoch + (1 if progress.stage == END else 0)
+        if trainer.max_epochs is not None and trainer.max_epochs != -1 and epochs_done >= trainer.max_epochs:
+            return True
+        return trainer.should_stop and self._may_stop()
+
+    def _may_stop(self) -> bool:
+        trainer, progress = self.trainer, self.progress
+        if (trainer.min_epochs and progress.epoch + (progress.stage == END) < trainer.min_epochs) or (
+            trainer.min_steps and progress.global_step < trainer.min_steps
+        ):
+            return False
+        return True
+
+    def run(self) -> None:
+        """Train from where the progress stands until a limit is reached."""
+        trainer, progress = self.trainer, self.progress
+        if trainer.limit_train_batches == 0 or trainer.max_epochs == 0 or trainer.max_steps == 0:
+            return
+        if self.finished:
+            self.setup_data()
+            rank_zero_info(
+                f"already finished: max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}; "
+                f"epoch {progress.epoch + (progress.stage == END)}, step {progress.global_step} are reached. "
+                "Raise the limit to train on."
+            )
+            if self._resumed is not None:
+                state.restore_run(trainer, self._resumed)
+            if progress.stage == END:
+                progress.epoch, progress.batch, progress.stage = progress.epoch + 1, 0, START
+            return
+        self.setup_data()
+        if self.batches == 0:
+            rank_zero_warn("The training loader has no batches: nothing is trained.")
+            return
+        trainer.state.stage = RunningStage.TRAINING
+        if trainer.enable_validation:
+            self._make_validation()
+        call(trainer, "on_train_start")
+        self._prepare()
+        while True:
+            self._run_epoch()
+            if self.finished:
+                break
+        call(trainer, "on_train_end")
+
+    def _prepare(self) -> None:
+        """Look up once all that the steps of this fit need."""
+        trainer = self.trainer
+        self.optimization = make_optimization(trainer)
+        self.transfer = make_transfer(trainer)
+        self.batch_starts = bind(trainer, "on_train_batch_start")
+        self.batch_ends = bind(trainer, "on_train_batch_end")
+        automatic = trainer.lightning_module.automatic_optimization
+        configs = trainer.lr_scheduler_configs if automatic else []
+        self.step_schedules = any(c.interval == "step" and not c.reduce_on_plateau for c in configs)
+        self.step_plateaus = any(c.interval == "step" and c.reduce_on_plateau for c in configs)
+        self.epoch_schedules = any(c.interval == "epoch" and not c.reduce_on_plateau for c in configs)
+        self.epoch_plateaus = any(c.interval == "epoch" and c.reduce_on_plateau for c in configs)
+
+    # -- an epoch ----------------------------------------------------------------------------------------------
+
+    def _run_epoch(self) -> None:
+        trainer, progress = self.trainer, self.progress
+        resumed, self._resumed = self._resumed, None
+        self.accumulate = trainer.accumulate_grad_batches
+        self.validates_this_epoch = trainer.enable_validation and (
+            trainer.check_val_every_n_epoch is None or (progress.epoch + 1) % trainer.check_val_every_n_epoch == 0
+        )
+        mid_epoch = resumed is not None and progress.stage in (BATCH, VALIDATED)
+        if resumed is not None and not mid_epoch:
+            self._resume_between_epochs(resumed)
+        if mid_epoch:
+            assert resumed is not None
+            batches = self._resume_in_epoch(resumed)
+            done = progress.batch
+            trainer.batch_idx = done - 1
+            is_last = done >= self.batches
+            if math.isinf(self.batches):
+                first = next(batches, _NO_BATCH)
+                is_last = first is _NO_BATCH
+                batches = batches if is_last else itertools.chain((first,), batches)
+            stops = False
+            if progress.stage == BATCH:
+                stops = self._after_batch(done - 1, is_last, done % self.accumulate == 0 or is_last)
+            if not is_last and not stops and not self._stops_here():
+                self._run_batches(batches)
+        else:
+            progress.batch, progress.samples, progress.stage = 0, 0, START
+            trainer.batch_idx = 0
+            trainer.metrics.train.reset()
+            call(trainer, "on_train_epoch_start")
+            assert self.stream is not None
+            self._run_batches(self.stream.start(progress.epoch))
+        self._end_epoch()
+
+    def _resume_between_epochs(self, resumed: dict[str, Any]) -> None:
+        progress = self.progress
+        if progress.stage == END:
+            progress.epoch, progress.batch, progress.stage = progress.epoch + 1, 0, START
+            self.validates_this_epoch = self.trainer.enable_validation and (
+                self.trainer.check_val_every_n_epoch is None
+                or (progress.epoch + 1) % self.trainer.check_val_every_n_epoch == 0
+            )
+        data = resumed.get("data")
+        assert self.stream is not None
+        if data is not None:
+            self.stream.restore_begin(data["now"])
+        state.restore_run(self.trainer, resumed)
+
+    def _resume_in_epoch(self, resumed: dict[str, Any]) -> Iterator[Any]:
+        progress, data = self.progress, resumed.get("data")
+        assert self.stream is not None
+        if data is None or data.get("begin") is None:
+            # Another maker's file: the position is known, the order of the rows is not.
+            begin = self.stream.begin_state()
+            data = {"begin": begin, "now": begin}
+        batches = self.stream.resume(
+            progress.epoch, progress.batch, data, nothing_left=progress.batch >= self.batches
+        )
+        state.restore_run(self.trainer, resumed)
+        return batches
+
+    def _run_batches(self, batches: Iterator[Any]) -> None:
+        trainer, progress = self.trainer, self.progress
+        results, loggers = trainer.metrics.train, bool(trainer.loggers)
+        optimization, transfer, accumulate = self.optimization, self.transfer, self.accumulate
+        starts, ends, every = self.batch_starts, self.batch_ends, trainer.log_every_n_steps
+        count, index = self.batches, progress.batch
+        endless = math.isinf(count)
+        if index >= count:
+            return
+        batch = next(batches, _NO_BATCH)
+        while batch is not _NO_BATCH:
+            trainer.batch_idx = index
+            # Only data that cannot tell its length has to be asked for one batch more to know the last one.
+            following = next(batches, _NO_BATCH) if endless else None
+            is_last = following is _NO_BATCH or index + 1 == count
+            steps = is_last or (index + 1) % accumulate == 0
+            if transfer is not None:
+                batch = transfer(batch, 0)
+            results.batch, results.batch_size = batch, None
+            if starts:
+                results.fx = "on_train_batch_start"
+                if any([hook(batch, index) == -1 for hook in starts]):
+                    break
+            outputs = optimization.run(
+                batch, index, zero=index % accumulate == 0, step=steps, divide_by=accumulate
+            )
+            if steps and self.step_schedules:
+                step_schedulers(trainer, "step", plateau=False)
+            if is_last and self.epoch_schedules:
+                step_schedulers(trainer, "epoch", plateau=False)
+            progress.batch = index + 1
+            progress.total_batches += 1
+            progress.stage = BATCH
+            if ends:
+                results.fx = "on_train_batch_end"
+                for hook in ends:
+                    hook(outputs, batch, index)
+            if loggers and steps and ((progress.batches_that_stepped + 1) % every == 0 or trainer.should_stop):
+                self._log_step()
+            if trainer.save_requests:
+                self._count_samples(batch)
+                trainer.safe_point()
+            if self._after_batch(index, is_last, steps) or is_last:
+                return
+            index += 1
+            batch = following if endless else next(batches, _NO_BATCH)
+        if not endless and index < count and batch is _NO_BATCH:
+            rank_zero_warn(f"The training loader promised {int(count)} batches and gave {index}.")
+
+    def _count_samples(self, batch: Any) -> None:
+        # Batches of one epoch hold the same number of rows, but for the last.
+        self.progress.samples = self.progress.batch * batch_size_of(batch)
+
+    def _log_step(self) -> None:
+        trainer = self.trainer
+        metrics = trainer.metrics.train.step_metrics(lambda entry: entry.logger)
+        if metrics:
+            trainer.metrics.logged.update(metrics)
+            trainer.log_to_loggers(metrics, self.progress.batches_that_stepped)
+
+    def _after_batch(self, index: int, is_last: bool, stepped: bool) -> bool:
+        """What follows a batch and its safe point; returns whether the epoch ends here, however many batches are left."""
+        trainer, progress = self.trainer, self.progress
+        if self.validates_this_epoch and self._validation_due(index, is_last):
+            self._validate(stepped)
+        if stepped:
+            if self.step_plateaus:
+                step_schedulers(trainer, "step", plateau=True)
+            progress.batches_that_stepped += 1
+        progress.stage = VALIDATED
+        if trainer.save_requests:
+            trainer.safe_point()
+        return self._stops_here()
+
+    def _stops_here(self) -> bool:
+        trainer = self.trainer
+        if trainer.should_stop and self._may_stop():
+            return True
+        return trainer.max_steps != -1 and self.progress.global_step >= trainer.max_steps
+
+    def _validation_due(self, index: int, is_last: bool) -> bool:
+        trainer, interval = self.trainer, self._val_check
+        if is_last and math.isinf(interval):
+            return True
+        if trainer.should_stop and self._may_stop():
+            return True
+        if math.isinf(interval):
+            return False
+        done = self.progress.total_batches if trainer.check_val_every_n_epoch is None else index + 1
+        return done % interval == 0
+
+    def _validate(self, stepped: bool) -> None:
+        trainer, progress = self.trainer, self.progress
+        validation = self._make_validation()
+        if stepped:
+            call(trainer, "on_validation_model_zero_grad", only="module")
+        with rng.apart(rng.derive(trainer.seed, "validation", progress.validations)):
+            validation.run(progress.validations)
+        progress.validations += 1
+
+    def _end_epoch(self) -> None:
+        trainer, progress, metrics = self.trainer, self.progress, self.trainer.metrics
+        metrics.train.batch = None
+        metrics.train.epoch_ended = True
+        progress.full_epoch = progress.batch >= self.batches or math.isinf(self.batches)
+        trainer.call_epoch_end()
+        to_log = metrics.publish(metrics.train)
+        if self.epoch_plateaus and progress.full_epoch:
+            step_schedulers(trainer, "epoch", plateau=True)
+        trainer.log_to_loggers(to_log, progress.batches_that_stepped - 1)
+        progress.stage = END
+        if trainer.save_requests:
+            trainer.safe_point()
+        progress.epoch, progress.batch, progress.stage = progress.epoch + 1, 0, START
