@@ -69,7 +69,7 @@ def kill_in_mid_epoch(root: Path, args: argparse.Namespace, epoch: int) -> tuple
     """Start the command and SIGKILL it at a random batch of ``epoch``; returns where it was hit."""
     # Between two saves, so that there is work to be lost.
     first = epoch * BATCHES_PER_EPOCH
-    step = random.SystemRandom().choice([first + b for b in range(8, 38) if (first + b) % 10 > 4])
+    step = random.SystemRandom().choice([first + b for b in range(8, 38) if (first + b) % 20 > 5])
     process = start(root, args)
     while pulse(root)[0] < step:
         if process.poll() is not None:

@@ -139,10 +139,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/digits"), help="the run's folder")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--workers", type=int, default=0, help="processes that load the data")
-    parser.add_argument("--save-every", type=int, default=10, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     args = parser.parse_args()
     args.root.mkdir(parents=True, exist_ok=True)
 
+    torch.set_num_threads(1)  # the net is so small that a second thread would cost more than it brings
     pl.seed_everything(7, workers=True)
     model = DigitsNet()
     trainer = pl.Trainer(

@@ -30,6 +30,7 @@ def process_as_it_was() -> Iterator[None]:
     random.setstate(generators[0])
     numpy.random.set_state(generators[1])
     torch.set_rng_state(generators[2])
-    torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)

@@ -75,7 +75,10 @@ def test_the_demo_sees_a_missing_tensor(tmp_path: Path, demo: dict[str, Any]) ->
     both: dict[str, Any] = {"optimizer_states": [], "lr_schedulers": []}
     torch.save({**both, "state_dict": {"w": torch.ones(2), "b": torch.ones(1)}}, tmp_path / "a.ckpt")
     torch.save({**both, "state_dict": {"w": torch.ones(2, dtype=torch.float64)}}, tmp_path / "b.ckpt")
-    assert demo["compare"](tmp_path / "a.ckpt", tmp_path / "b.ckpt") == (2, ["/state_dict/b", "/state_dict/w"])
+    assert demo["compare"](tmp_path / "a.ckpt", tmp_path / "b.ckpt") == (
+        2,
+        ["/state_dict/b", "/state_dict/w"],
+    )
 
 
 def test_chargpt_learns_keeps_three_and_writes(tmp_path: Path) -> None:

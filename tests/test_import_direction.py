@@ -14,7 +14,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src"
 
-# From the ground up. A module imports from its own room and from the floors below, never from a room beside it.
+# From the ground up. A module imports from its own room and from the floors below, not from a room beside it.
 FLOORS: list[set[str]] = [
     {"errors"},
     {"utilities"},

@@ -49,7 +49,9 @@ def test_the_map_has_every_file_and_no_other() -> None:
 
 
 def test_the_map_has_every_suite_of_tests() -> None:
-    suites = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))}
+    suites = {
+        path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and any(path.glob("test_*.py"))
+    }
     named = set(re.findall(r"^  (\w+)/\s{2,}\S", section("The house"), re.M))
     assert named == suites
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.callbacks.naming import first_usable, format_checkpoint_name, nearest, template_keys
@@ -97,11 +99,21 @@ def test_a_name_that_never_changes_is_an_error_and_not_a_loop() -> None:
     )
 
 
+@functools.cache
+def lightning_callbacks() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("lightning.pytorch.callbacks")
+
+
+@settings(deadline=None)  # the first example imports Lightning
 @given(
     st.lists(
         st.one_of(
             st.text("ab-_=. ", max_size=4),
-            st.sampled_from(["{epoch}", "{epoch:03d}", "{step}", "{val_loss:.3f}", "{val_loss}", "{loss:.1e}"]),
+            st.sampled_from(
+                ["{epoch}", "{epoch:03d}", "{step}", "{val_loss:.3f}", "{val_loss}", "{loss:.1e}"]
+            ),
         ),
         min_size=1,
         max_size=6,
@@ -110,9 +122,7 @@ def test_a_name_that_never_changes_is_an_error_and_not_a_loop() -> None:
     st.one_of(st.none(), st.integers(1, 3)),
 )
 def test_same_names_as_lightning(template: str, insert: bool, ver: int | None) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    callbacks = lightning_callbacks()
     metrics = {
         "epoch": torch.tensor(2),
         "step": torch.tensor(18),

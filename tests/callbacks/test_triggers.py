@@ -45,7 +45,9 @@ def test_intervals_exclude_each_other() -> None:
 @pytest.mark.parametrize("name", ["every_n_train_steps", "every_n_epochs"])
 def test_negative_intervals(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve_intervals(**{"every_n_train_steps": None, "every_n_epochs": None, name: -1}, train_time_interval_s=None)
+        resolve_intervals(
+            **{"every_n_train_steps": None, "every_n_epochs": None, name: -1}, train_time_interval_s=None
+        )
     assert str(caught.value) == (
         f"ModelCheckpoint({name}=-1) is not an interval: give 1 or more, or 0 for never."
     )

@@ -1,8 +1,8 @@
 """A training process killed at any instant and started again by the same command loses next to nothing.
 
 One run directory goes through twenty SIGKILLs, with the default place of temporary files on another file
-system than the run's. After each kill every file under a final name is read and checked; each start says where
-it goes on; and the run that ends at last is bit for bit the one that was never killed.
+system than the run's. After each kill every file under a final name is read and checked; each start says
+where it goes on; and the run that ends at last is bit for bit the one that was never killed.
 """
 
 from __future__ import annotations

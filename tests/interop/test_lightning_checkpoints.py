@@ -117,8 +117,8 @@ class Start(holdfast.Callback):
 class TestWeGoOnFromLightnings:
     """The data is in order and nothing random is drawn, so that our end must be Lightning's own.
 
-    Not with ReduceLROnPlateau: Lightning saves before that scheduler has seen the epoch, and what it would have
-    seen is not in the file.
+    Not with ReduceLROnPlateau: Lightning saves before that scheduler has seen the epoch, and what it would
+    have seen is not in the file.
     """
 
     @pytest.fixture(params=["onecycle", "step"])

@@ -19,8 +19,9 @@ from holdfast.checkpoint.load import load
 from .cases import Case, module_class, target_callback, train_loader, val_loader
 from .tape import Tape, bits, recording_callback, recording_logger, with_recorded_hooks
 
-# Where a run says when it happened; the only things in a checkpoint that two equal runs may disagree on.
-INCIDENTAL_KEYS = ("saved_at",)
+# When it happened, and the random name that a ModelCheckpoint gives to a run: the only things in a checkpoint
+# that two equal runs may disagree on.
+INCIDENTAL_KEYS = ("saved_at", "run")
 
 REQUESTS = {
     "on_train_batch_end": "batch",
@@ -160,6 +161,8 @@ def first_difference(left: Any, right: Any, where: str = "") -> str | None:
         if len(left) != len(right):
             return f"{where}: {len(left)} and {len(right)} items: {left!r} and {right!r}"
         pairs = ((index, *both) for index, both in enumerate(zip(left, right, strict=True)))
+    elif isinstance(left, numpy.ndarray):
+        return first_difference(torch.from_numpy(left), torch.from_numpy(right), where)
     elif isinstance(left, torch.Tensor):
         return None if bits(left) == bits(right) else f"{where}: {tensor_difference(left, right)}"
     elif isinstance(left, float):

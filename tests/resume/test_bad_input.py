@@ -46,7 +46,7 @@ def loader() -> DataLoader[Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The root of a finished run with two checkpoints: checkpoints/epoch=0-step=2.ckpt and epoch=1-step=4.ckpt."""
+    """The root of a finished run with two checkpoints: epoch=0-step=2.ckpt and epoch=1-step=4.ckpt."""
     trainer = make_trainer(tmp_path / "run", callbacks=ModelCheckpoint(save_top_k=-1))
     trainer.fit(Net(), loader())
     return tmp_path / "run"
@@ -70,7 +70,7 @@ def overwrite(path: Path, contents: bytes) -> None:
 
 
 def refused(error: type[Exception], root: Path, ckpt_path: Any, module: Any = None, **arguments: Any) -> str:
-    """The message with which fit refuses; what is on disk and the module's weights stay as they were."""
+    """The message with which fit refuses; the disk and the module's weights stay as they were."""
     module = Net() if module is None else module
     before = contents(root)
     weights = {name: value.clone() for name, value in module.state_dict().items()}

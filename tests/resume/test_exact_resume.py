@@ -2,8 +2,8 @@
 
 Each test trains a small case whole, saving at its safe points, and then starts again from some of the files
 with a fresh model whose weights and generators are different. What must be equal: every row seen, augmented
-input, loss, logged value and hook from there on; the final weights; the whole final checkpoint, which holds the
-optimizer, the schedulers, the scaler and the callbacks; and the numbers that each generator draws next.
+input, loss, logged value and hook from there on; the final weights; the whole final checkpoint, which holds
+the optimizer, the schedulers, the scaler and the callbacks; and the numbers that each generator draws next.
 """
 
 from __future__ import annotations

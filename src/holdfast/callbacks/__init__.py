@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from holdfast.callbacks.early_stopping import EarlyStoppingReason as EarlyStoppingReason
     from holdfast.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from holdfast.callbacks.model_summary import ModelSummary as ModelSummary
-    from holdfast.callbacks.progress_bar import PlainProgressBar as PlainProgressBar
+    from holdfast.callbacks.plain_progress_bar import PlainProgressBar as PlainProgressBar
     from holdfast.callbacks.progress_bar import ProgressBar as ProgressBar
     from holdfast.callbacks.rich_progress_bar import RichProgressBar as RichProgressBar
 
@@ -24,7 +24,7 @@ _HOMES = {
     "EarlyStoppingReason": "early_stopping",
     "ModelCheckpoint": "model_checkpoint",
     "ModelSummary": "model_summary",
-    "PlainProgressBar": "progress_bar",
+    "PlainProgressBar": "plain_progress_bar",
     "ProgressBar": "progress_bar",
     "RichProgressBar": "rich_progress_bar",
     "SavePlan": "base",

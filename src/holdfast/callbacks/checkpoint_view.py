@@ -57,12 +57,11 @@ class View:
         """Return the view with these models as the best, and all that follows from it."""
         order = best_first([Ranked(path, score.item()) for path, score in models.items()], mode)
         full = bool(order) and (k == -1 or len(order) >= k)
-        no_value = math.inf if mode == "min" else -math.inf
         return replace(
             self,
             best_k_models=models,
             kth_best_model_path=order[-1].path if full else "",
-            kth_value=models[order[-1].path] if full else torch.tensor(no_value),
+            kth_value=models[order[-1].path] if full else torch.tensor(worst_score(mode)),
             best_model_path=order[0].path if order else "",
             best_model_score=models[order[0].path] if order else None,
         )
@@ -152,6 +151,11 @@ def rank(before: View, score: Tensor | None, *, monitor: str | None, k: int, mod
     kept = tuple(one.path for one in decision.keep if one.path != _NEW)
     evict = tuple(one.path for one in decision.evict) if decision.entered else ()
     return Ranking(before, decision.entered, evict, kept, k, True)
+
+
+def worst_score(mode: str) -> float:
+    """Return the score that everything is better than."""
+    return math.inf if mode == "min" else -math.inf
 
 
 def as_scalar(value: Any) -> Tensor:

@@ -1,15 +1,17 @@
 """Which files in a checkpoint directory are a run's own, across all the times it was killed and resumed.
 
-A run gets an id when it starts fresh; the id is in every file that its callback writes and in the
-callback's state, so a resumed run knows its own files from those of other runs in the same directory.
-Only files with the id are ever overwritten, ranked again or swept up.
+A run gets an id when it starts fresh. The id is in the summary of every file that its callback writes, with
+the names that the callback gave to that file, and it is in the callback's state: so a resumed run knows its
+own files from those of other runs, and of other callbacks, in the same directory. Only its own files are
+ever written over, ranked again or swept up.
 """
 
 from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast.checkpoint import catalog
@@ -17,24 +19,29 @@ from holdfast.checkpoint.retention import Found
 from holdfast.errors import CheckpointError
 from holdfast.utilities.rank_zero import rank_zero_warn
 
+_OWNER = "owner:"
+
 
 def new_run_id() -> str:
     """Return an id that no other run has, without touching any generator that training draws from."""
     return os.urandom(8).hex()
 
 
-def summary_extra(state_key: str, *, run: str | None, name: str, score: float | None) -> dict[str, Any]:
-    """Say in a file's summary which callback and run it belongs to, and what it was ranked on.
+def summary_extra(state_key: str, *, run: str, names: Sequence[str], score: float | None) -> dict[str, Any]:
+    """Say in a file's summary whose it is under which names, and what it was ranked on.
+
+    Several callbacks may save into one file; each says it under a key of its own.
 
     Args:
         state_key: The callback's state key.
-        run: The run's id; None for a file that retention shall have nothing to do with.
-        name: The path that is ranked; other names of the same content, such as ``last``, are not.
+        run: The run's id.
+        names: The paths that the callback gives to the file; only the first is ranked.
         score: The value that it was ranked on; None if it wasn't.
     """
     # JSON has no form for infinities and NaN; a string brings every float back exactly.
     text = None if score is None else repr(float(score))
-    return {"callback": state_key, "run": run, "name": os.path.basename(name), "score": text}
+    named = [os.path.basename(name) for name in names]
+    return {f"{_OWNER}{run}": {"callback": state_key, "names": named, "score": text}}
 
 
 def describe(path: str) -> Found | None:
@@ -43,15 +50,13 @@ def describe(path: str) -> Found | None:
         summary = catalog.read_summary(path)
     except (CheckpointError, OSError):
         return None
-    extra = summary.values
-    score = extra.get("score")
-    ranked = score is not None and extra.get("name") == os.path.basename(path)
-    return Found(
-        path=os.path.abspath(path),
-        step=int(summary.step or 0),
-        run=extra.get("run"),
-        score=float(str(score)) if ranked else None,
-    )
+    place, name = os.path.abspath(path), os.path.basename(path)
+    for key, owner in summary.values.items():
+        if key.startswith(_OWNER) and name in owner["names"]:
+            ranked = owner["score"] is not None and name == owner["names"][0]
+            score = float(owner["score"]) if ranked else None
+            return Found(place, int(summary.step or 0), key.removeprefix(_OWNER), score)
+    return Found(place, int(summary.step or 0))
 
 
 def describe_all(directory: str, *, also: Iterable[str] = (), recursive: bool = False) -> dict[str, Found]:
@@ -70,6 +75,51 @@ def describe_all(directory: str, *, also: Iterable[str] = (), recursive: bool = 
         elif os.path.isfile(path) and zipfile.is_zipfile(path):
             found[path] = Found(path, step=0)
     return found
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Where one save may put a file, and where it must not.
+
+    Args:
+        run: The run's id.
+        step: The global step of the save.
+        used: The files that the callback keeps.
+        reserved: Paths that other callbacks are about to write in this same save.
+        protected: A file that has to stay as it is.
+        keeps_all: Whether older files of the run are there to stay although nothing lists them.
+    """
+
+    run: str | None
+    step: int
+    used: frozenset[str]
+    reserved: frozenset[str] = frozenset()
+    protected: str | None = None
+    keeps_all: bool = False
+
+    def allow(self, path: str, free: Iterable[str] = ()) -> bool:
+        """Tell whether a ranked file may be put at ``path``; ``free`` are those that make way for it."""
+        if path in self.reserved:
+            return False
+        if not os.path.lexists(path) or (path in free and not is_same_file(path, self.protected)):
+            return True
+        if path in self.used or is_same_file(path, self.protected):
+            return False
+        found = self._mine(path)
+        # Of this step or a later one it is from an earlier life of this run, which lives that time again.
+        return found is not None and (found.step >= self.step or not self.keeps_all)
+
+    def allow_last(self, path: str, last_model_path: str) -> bool:
+        """Tell whether the newest save may be put at ``path``, a name that is there to be written over."""
+        if path in self.reserved:
+            return False
+        if path == last_model_path or not os.path.lexists(path):
+            return True
+        return path not in self.used and self._mine(path) is not None
+
+    def _mine(self, path: str) -> Found | None:
+        found = describe(path)
+        return found if found is not None and self.run is not None and found.run == self.run else None
 
 
 def remove(path: str, *, inside: str, protected: str | None) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from holdfast.callbacks import lineage, naming, triggers
-from holdfast.callbacks.base import STEP_OUTPUT, Checkpoint, SavePlan
-from holdfast.callbacks.checkpoint_view import View, as_scalar, rank
-from holdfast.callbacks.save_line import save_line
-from holdfast.checkpoint.retention import Found, left_behind
+from holdfast.callbacks.base import STEP_OUTPUT
+from holdfast.callbacks.checkpoint_view import as_scalar, rank
+from holdfast.callbacks.kept_checkpoints import CheckpointPlan, KeptCheckpoints, local_directory
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info, warn_once
 
@@ -28,19 +27,7 @@ if TYPE_CHECKING:
 EXCEPTION_PREFIX = "exception"
 
 
-@dataclasses.dataclass
-class CheckpointPlan(SavePlan):
-    """A `SavePlan` with what `ModelCheckpoint` publishes and deletes once the save is durable."""
-
-    step: int = 0
-    view: View = dataclasses.field(default_factory=View)
-    evict: tuple[str, ...] = ()
-    score: Tensor | None = None
-    saved_step: int = 0
-    undo: tuple[int | None, bool] = (None, False)
-
-
-class ModelCheckpoint(Checkpoint):
+class ModelCheckpoint(KeptCheckpoints):
     """Save while training, and once a save is durable delete what it makes superfluous.
 
     Saves are *requested* in hooks and decided at the loop's safe point, from the values of that moment:
@@ -50,20 +37,7 @@ class ModelCheckpoint(Checkpoint):
     - NaN never ranks above a number. A tie keeps the older.
     - ``last`` is the newest save, also when that one is not among the best.
     - ``best_model_path`` and its siblings change, and files are deleted, only after the newer file is
-      durable. Never deleted are the file that the run was resumed from by name, anything outside
-      ``dirpath``, and directories.
-
-    After a kill, the resumed run ends with the files and the attributes of a run that never stopped. Its
-    own files carry the run's id (see `lineage`), and for them these rules hold:
-
-    - Files that the checkpoint lists are looked up, in ``dirpath`` if that has moved. If one is missing or
-      was overwritten since, the best are made again from the summaries of the files of up to the resumed
-      step.
-    - Files of *later* steps (the run was killed after writing them, or was sent back to an earlier
-      checkpoint) don't count: when the run gets to that step again it writes over them.
-    - Files that a kill kept from being deleted, and later ones that were not written over, go after a save
-      of the resumed run is durable at their step or a later one. Until then they may be the newest there
-      is, and stay.
+      durable. A run that is killed and resumed ends with the same files (see `KeptCheckpoints`).
 
     Args:
         dirpath: Where to save; default: ``checkpoints`` in the logger's version directory, or else in the
@@ -115,7 +89,7 @@ class ModelCheckpoint(Checkpoint):
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(local_directory(dirpath), monitor, mode, save_top_k)
         if save_top_k < -1:
             raise ConfigError(
                 f"ModelCheckpoint(save_top_k={save_top_k}) means nothing: -1 keeps all, 0 none, k the best k."
@@ -136,43 +110,21 @@ class ModelCheckpoint(Checkpoint):
             every_n_train_steps, every_n_epochs, self._interval_s
         )
         self._train_time_interval = train_time_interval
-        self.dirpath = _local_directory(dirpath)
         self.filename = None if filename is None else os.fspath(filename)
         naming.template_keys(self.filename or naming.DEFAULT_TEMPLATE)
-        self.monitor = monitor
         self.verbose = verbose
         self.save_last = save_last
-        self.save_top_k = save_top_k
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
-        self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
 
-        self.current_score: Tensor | None = None
-        self.best_k_models: dict[str, Tensor] = {}
-        self.kth_best_model_path = ""
-        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
-        self.best_model_path = ""
-        self.best_model_score: Tensor | None = None
-        self.last_model_path = ""
-
-        self._run: str | None = None
-        self._plan: CheckpointPlan | None = None
-        self._saved_step = 0
-        self._triggered_step = 0
-        self._ranked_version: int | None = None
-        self._deferred = False
         self._asked: set[str] = set()
         self._names_checked = False
         self._validated = False
         self._epoch_ended = False
         self._started_s = 0.0
-        self._leftovers: list[Found] = []
-        self._state_loaded = False
-        self._state_dirpath: str | None = None
-        self._told_directory = False
 
     @property
     def state_key(self) -> str:
@@ -202,29 +154,12 @@ class ModelCheckpoint(Checkpoint):
 
     # ---- hooks: they only request -------------------------------------------------------------------
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle the directory: rank 0 decides, every rank has it."""
-        if stage == "fit":
-            directory = trainer.strategy.broadcast(self.dirpath or _default_directory(trainer))
-            self.dirpath = os.path.abspath(directory)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take stock of the directory when the run goes on from a checkpoint."""
+        """Start the clock, and take stock of the directory when the run goes on from a checkpoint."""
+        super().on_train_start(trainer, pl_module)
         self._started_s = time.monotonic()
         self._validated = self._epoch_ended = self._names_checked = False
         self._asked.clear()
-        resumed_from = getattr(trainer, "resumed_from", None)
-        if resumed_from is not None:
-            outcome = self._take_stock(trainer, resumed_from) if trainer.is_global_zero else None
-            self._run, view, self._leftovers = trainer.strategy.broadcast(outcome)
-            self._publish(view)
-            # Where the count of logged values began anew, the old count says nothing.
-            versions = getattr(trainer, "metric_versions", {})
-            if self._ranked_version is not None and versions.get(self.monitor, 0) < self._ranked_version:
-                self._ranked_version = None
-        elif self._run is None:
-            self._run = trainer.strategy.broadcast(lineage.new_run_id())
-        self._state_loaded = False
 
     def on_train_batch_end(
         self,
@@ -310,41 +245,6 @@ class ModelCheckpoint(Checkpoint):
         self._plan = outcome
         return outcome
 
-    def committed(self, trainer: Trainer, plan: SavePlan, report: Any) -> None:
-        """Publish, let the loggers have the file, delete what has to go, and say so in one line."""
-        assert isinstance(plan, CheckpointPlan)
-        before, self._plan = self._view(), None
-        self._publish(plan.view)
-        self._saved_step = plan.saved_step
-        if not trainer.is_global_zero:
-            return
-        for logger in trainer.loggers:
-            logger.after_save_checkpoint(self)
-        deleted = self._delete(trainer, plan)
-        if not self._told_directory:
-            self._told_directory = True
-            rank_zero_info(f"checkpoints go to {self.dirpath}")
-        rank_zero_info(
-            save_line(
-                plan.names,
-                step=plan.step,
-                size_bytes=report.size_bytes,
-                seconds=report.durable_s,
-                monitor=self.monitor,
-                score=None if plan.score is None else plan.score.item(),
-                before=before,
-                after=plan.view,
-                save_top_k=self.save_top_k,
-                deleted=deleted,
-            )
-        )
-
-    def rolled_back(self, trainer: Trainer, plan: SavePlan) -> None:
-        """Forget the plan; what is published still is what is on disk."""
-        assert isinstance(plan, CheckpointPlan)
-        self._plan = None
-        self._ranked_version, self._deferred = plan.undo
-
     def _decide(self, trainer: Trainer, asked: set[str]) -> CheckpointPlan | None:
         metrics = self._candidates(trainer)
         step = trainer.global_step
@@ -362,11 +262,16 @@ class ModelCheckpoint(Checkpoint):
             self._deferred = score is None and self._every_n_epochs == 0
             self._tell_unranked(score, step)
         ranking = rank(before, score, monitor=self.monitor, k=self.save_top_k, mode=self.mode)
-        names = []
+        claims = self._claims(trainer, step)
+        names: list[str] = []
         if ranking.entered:
-            names.append(self._choose_name(trainer, metrics, step, before, ranking.evict))
+            names.append(self._first_usable(metrics, None, lambda path: claims.allow(path, ranking.evict)))
         if self.save_last:
-            last = self._choose_last(trainer, metrics, before, names)
+            last = self._first_usable(
+                metrics,
+                self.CHECKPOINT_NAME_LAST,
+                lambda path: path in names or claims.allow_last(path, before.last_model_path),
+            )
             if last not in names:
                 names.append(last)
         if not names:
@@ -383,8 +288,9 @@ class ModelCheckpoint(Checkpoint):
             metrics={key: float(value) for key, value in metrics.items()},
             summary_extra=lineage.summary_extra(
                 self.state_key,
-                run=self._run,
-                name=names[0],
+                # Only a callback that is driven by hand saves before its run has begun.
+                run=self._run or lineage.new_run_id(),
+                names=names,
                 score=score.item() if score is not None and ranking.entered else None,
             ),
             step=step,
@@ -412,13 +318,16 @@ class ModelCheckpoint(Checkpoint):
             )
             return os.path.join(self.dirpath or "", stem + self.FILE_EXTENSION)
 
-        name = naming.first_usable(name_of, lambda path: not os.path.lexists(path), self.STARTING_VERSION)
+        reserved = self._claims(trainer, step).reserved
+        name = naming.first_usable(
+            name_of, lambda path: not os.path.lexists(path) and path not in reserved, self.STARTING_VERSION
+        )
         return CheckpointPlan(
             names=(name,),
             weights_only=self.save_weights_only,
             metrics={key: float(value) for key, value in metrics.items()},
             # Without the run's id: such a file is never ranked, overwritten or swept up.
-            summary_extra=lineage.summary_extra(self.state_key, run=None, name=name, score=None),
+            summary_extra={"callback": self.state_key},
             step=step,
             view=self._view(),
             saved_step=self._saved_step,
@@ -504,47 +413,16 @@ class ModelCheckpoint(Checkpoint):
         )
         return os.path.join(self.dirpath or "", name + self.FILE_EXTENSION)
 
-    def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
-        """Tell whether the file exists, as rank 0 sees it."""
-        return bool(trainer.strategy.broadcast(os.path.exists(filepath)))
+    def _has_subdirectories(self) -> bool:
+        return "/" in (self.filename or "")
 
     def _template_keys(self) -> list[str]:
         last = self.CHECKPOINT_NAME_LAST if self.save_last else ""
         return naming.template_keys(self.filename or naming.DEFAULT_TEMPLATE) + naming.template_keys(last)
 
-    def _choose_name(
-        self, trainer: Trainer, metrics: dict[str, Tensor], step: int, before: View, evict: tuple[str, ...]
+    def _first_usable(
+        self, metrics: dict[str, Tensor], filename: str | None, usable: Callable[[str], bool]
     ) -> str:
-        protected = _protected(trainer)
-        free = {path for path in evict if not lineage.is_same_file(path, protected)}
-        used = before.paths()
-
-        def mine_to_overwrite(path: str) -> bool:
-            if path in used or lineage.is_same_file(path, protected):
-                return False
-            found = lineage.describe(path)
-            if found is None or self._run is None or found.run != self._run:
-                return False
-            return found.step >= step or self.save_top_k != -1
-
-        return self._first_usable(
-            metrics, None, lambda path: path in free or not os.path.lexists(path) or mine_to_overwrite(path)
-        )
-
-    def _choose_last(
-        self, trainer: Trainer, metrics: dict[str, Tensor], before: View, names: list[str]
-    ) -> str:
-        used = before.paths() - {before.last_model_path}
-
-        def usable(path: str) -> bool:
-            if path in names or path == before.last_model_path or not os.path.lexists(path):
-                return True
-            found = None if path in used else lineage.describe(path)
-            return found is not None and self._run is not None and found.run == self._run
-
-        return self._first_usable(metrics, self.CHECKPOINT_NAME_LAST, usable)
-
-    def _first_usable(self, metrics: dict[str, Tensor], filename: str | None, usable: Any) -> str:
         # Before everything that logs has run, a name without a value yet is not a mistake.
         blanks = {key: torch.tensor(math.nan) for key in self._template_keys() if key not in metrics}
 
@@ -555,138 +433,5 @@ class ModelCheckpoint(Checkpoint):
             return name_of(None)
         return naming.first_usable(name_of, usable, self.STARTING_VERSION)
 
-    # ---- what is there, and what goes ----------------------------------------------------------------
-
-    def _delete(self, trainer: Trainer, plan: CheckpointPlan) -> list[str]:
-        kept = {*plan.view.paths(), *plan.names}
-        doomed = [path for path in plan.evict if path not in kept]
-        if self._leftovers and self._run is not None and self.save_top_k != -1:
-            doomed += left_behind(self._leftovers, run=self._run, step=plan.step, keep={*kept, *doomed})
-        self._leftovers = [found for found in self._leftovers if found.step > plan.step]
-        protected = _protected(trainer)
-        return [
-            path for path in doomed if lineage.remove(path, inside=self.dirpath or "", protected=protected)
-        ]
-
-    def _take_stock(self, trainer: Trainer, resumed_from: str) -> tuple[str, View, list[Found]]:
-        """Set what the checkpoint remembers against what the directory holds."""
-        assert self.dirpath is not None
-        recursive = "/" in (self.filename or "")
-        present = self._view()
-        found = lineage.describe_all(self.dirpath, also=present.paths(), recursive=recursive)
-        run = self._run if self._state_loaded else None
-        if run is None:
-            origin = lineage.describe(resumed_from)
-            run = (origin.run if origin is not None else None) or lineage.new_run_id()
-        view = present.relocated(
-            found,
-            directory=self.dirpath,
-            moved_from=self._state_dirpath or self.dirpath,
-            run=run,
-            step=trainer.global_step,
-            k=self.save_top_k if self.monitor is not None else 0,
-            mode=self.mode,
-            complete=self._state_loaded,
-        )
-        return run, view, [one for one in found.values() if one.run == run]
-
-    # ---- state --------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as of after the planned save, or as published when none is planned."""
-        view = self._view() if self._plan is None else self._plan.view
-        saved_step = self._saved_step if self._plan is None else self._plan.saved_step
-        return {
-            "monitor": self.monitor,
-            "best_model_score": view.best_model_score,
-            "best_model_path": view.best_model_path,
-            "current_score": view.current_score,
-            "dirpath": self.dirpath,
-            "best_k_models": dict(view.best_k_models),
-            "kth_best_model_path": view.kth_best_model_path,
-            "kth_value": view.kth_value,
-            "last_model_path": view.last_model_path,
-            "run": self._run,
-            "saved_step": saved_step,
-            "triggered_step": self._triggered_step,
-            "ranked_version": self._ranked_version,
-            "deferred": self._deferred,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state back; what it says about files is checked when training starts."""
-        self._publish(View.from_state(state_dict, self._view()))
-        self._run = state_dict.get("run")
-        self._saved_step = int(state_dict.get("saved_step", 0))
-        self._triggered_step = int(state_dict.get("triggered_step", 0))
-        self._ranked_version = state_dict.get("ranked_version")
-        self._deferred = bool(state_dict.get("deferred", False))
-        self._plan = None
-        self._state_loaded = True
-        self._state_dirpath = state_dict.get("dirpath")
-
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Adopt the state of the same monitor and mode when only the interval was changed."""
-        states = checkpoint.get("callbacks") or {}
-        if self.state_key in states:
-            return
-        taken = {callback.state_key for callback in trainer.checkpoint_callbacks}
-        same = f"{type(self).__qualname__}{{'monitor': {self.monitor!r}, 'mode': {self.mode!r},"
-        for key, state in states.items():
-            if isinstance(key, str) and key.startswith(same) and key not in taken:
-                self.load_state_dict(state)
-                return
-
-    def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
-        """Write ``best_k_models`` as YAML, path to score; default: ``best_k_models.yaml`` in ``dirpath``."""
-        import yaml
-
-        path = os.path.join(self.dirpath or "", "best_k_models.yaml") if filepath is None else filepath
-        with open(path, "w", encoding="utf-8") as file:
-            yaml.safe_dump({name: score.item() for name, score in self.best_k_models.items()}, file)
-
-    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Tell whether a checkpoint with the score ``current`` would be among the best now."""
-        if current is None or self.save_top_k == 0:
-            return False
-        return rank(self._view(), current, monitor=self.monitor, k=self.save_top_k, mode=self.mode).entered
-
     def _bookkeeping(self) -> tuple[bool, int | None, bool]:
         return self._names_checked, self._ranked_version, self._deferred
-
-    def _view(self) -> View:
-        return View(**{field.name: getattr(self, field.name) for field in dataclasses.fields(View)})
-
-    def _publish(self, view: View) -> None:
-        for field in dataclasses.fields(View):
-            setattr(self, field.name, getattr(view, field.name))
-
-
-def _protected(trainer: Trainer) -> str | None:
-    """Name the file that the user resumed from; one that the run found by itself is a file like any other."""
-    if getattr(trainer, "resumed_automatically", False):
-        return None
-    path: str | None = getattr(trainer, "resumed_from", None)
-    return path
-
-
-def _local_directory(dirpath: str | os.PathLike[str] | None) -> str | None:
-    if dirpath is None:
-        return None
-    path = os.fspath(dirpath)
-    if "://" in path and not path.startswith("file://"):
-        raise ConfigError(
-            f"ModelCheckpoint(dirpath={path!r}) is not a local directory: give one, and copy what is in it."
-        )
-    return os.path.realpath(os.path.expanduser(path.removeprefix("file://")))
-
-
-def _default_directory(trainer: Trainer) -> str:
-    if not trainer.loggers:
-        return os.path.join(trainer.default_root_dir, "checkpoints")
-    logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    root = logger.save_dir or trainer.default_root_dir
-    return os.path.join(root, str(logger.name or ""), version, "checkpoints")

@@ -25,7 +25,7 @@ def template_keys(template: str) -> list[str]:
 def nearest(name: str, names: Iterable[str]) -> str:
     """Say in a sentence which of ``names`` come near ``name``, and which there are at all."""
     known = sorted(names)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
     return f"{hint} Logged so far: {', '.join(known) if known else 'nothing'}."
 

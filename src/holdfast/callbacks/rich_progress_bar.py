@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from holdfast.callbacks.progress_bar import TimedProgressBar, Track
+from holdfast.callbacks.timed_progress_bar import TimedProgressBar
+from holdfast.callbacks.track import Track
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

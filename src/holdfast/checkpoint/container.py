@@ -34,7 +34,9 @@ _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
 _END = struct.Struct("<IHHHHIIH")
 _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR = struct.Struct("<IIQI")
+_PADDING = struct.Struct("<HH")
 _LOCAL_SIGNATURE = b"PK\x03\x04"
+_quoted = json.encoder.encode_basestring_ascii
 _DATE = 0x21  # 1 January 1980: two saves of one state are the same bytes but for their summary
 _PADDING_ID = 0x4246
 _SPECIAL = ("data.pkl", "version", "byteorder")
@@ -53,22 +55,18 @@ class Entry(NamedTuple):
 def local_header(name: str, at: int, length: int, crc: int) -> bytes:
     """The bytes before a record's data, when they begin at ``at``; what comes next is aligned."""
     full = (ROOT + name).encode("ascii")
-    zip64 = length >= ZIP64_BYTES or at >= ZIP64_BYTES
-    extra = struct.pack("<HHQQ", 1, 16, length, length) if zip64 else b""
-    start = at + _LOCAL.size + len(full) + len(extra) + 4
-    padding = -start % ALIGNMENT
-    if at == 0:
-        mark = MARK.ljust(len(MARK) + -(start + len(MARK)) % ALIGNMENT, b"\0")
+    if length >= ZIP64_BYTES or at >= ZIP64_BYTES:
+        extra = struct.pack("<HHQQ", 1, 16, length, length)
+        version, size = 45, 0xFFFFFFFF
     else:
-        mark = bytes(padding)
-    size = 0xFFFFFFFF if zip64 else length
-    return (
-        _LOCAL.pack(
-            0x04034B50, 45 if zip64 else 20, 0, 0, 0, _DATE, crc, size, size,
-            len(full), len(extra) + 4 + len(mark),
-        )
-        + full + extra + struct.pack("<HH", _PADDING_ID, len(mark)) + mark
+        extra, version, size = b"", 20, length
+    mark = MARK if at == 0 else b""
+    start = at + 34 + len(full) + len(extra) + len(mark)  # 30 fixed bytes, 4 before the padding
+    padding = -start % ALIGNMENT + len(mark)
+    head = _LOCAL.pack(
+        0x04034B50, version, 0, 0, 0, _DATE, crc, size, size, len(full), len(extra) + 4 + padding
     )  # fmt: skip
+    return b"".join((head, full, extra, _PADDING.pack(_PADDING_ID, padding), mark.ljust(padding, b"\0")))
 
 
 def _central_header(entry: Entry) -> bytes:
@@ -212,15 +210,20 @@ def summary_bytes(summary: dict[str, Any], records: Entry) -> bytes:
 
 def records_bytes(
     entries: list[Entry],
-    tensors: dict[str, list[Any]],
+    tensors: dict[str, list[str]],
     types: Any,
     omissions: list[tuple[str, str]],
 ) -> bytes:
     """The manifest: one row a record, and the exact types and omissions of the payload."""
     dumps = json.JSONEncoder(separators=(",", ":")).encode
     rows = ",\n".join(
-        dumps([e.name, e.offset, e.length, f"{e.crc32:08x}", tensors.get(e.name, [])]) for e in entries
+        f'["{e.name}",{e.offset},{e.length},"{e.crc32:08x}",[{",".join(tensors.get(e.name, ()))}]]' for e in entries
     )
     columns = '["name","offset","length","crc32","tensors"]'
     text = f'{{"columns":{columns},\n"records":[\n{rows}],\n"types":{dumps(types)},\n"omissions":{dumps(omissions)}}}'
     return text.encode("ascii")
+
+
+def tensor_json(path: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """One tensor in the manifest: its path in the payload, dtype and shape."""
+    return f'[{_quoted(path)},"{dtype}",{list(shape)}]'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import time
@@ -104,7 +103,6 @@ def _save(
     on_commit: Callable[[SaveReport], None] | None,
 ) -> SaveReport:
     began = time.monotonic()
-    gc.disable()
     final = os.path.abspath(os.fspath(path))
     encoded = payload.encode(value)
     plan = Plan(encoded.tensors)
@@ -160,9 +158,11 @@ def write(
     writer.add("data.pkl", pickled)
     writer.add("version", b"3\n")
     writer.add("byteorder", b"little")
-    tensors: dict[str, list[Any]] = {}
+    tensors: dict[str, list[str]] = {}
     for record in records:
-        tensors[record.name] = [[name, str(dtype)[6:], shape] for name, dtype, shape in record.tensors]
+        tensors[record.name] = [
+            container.tensor_json(span.name, str(span.tensor.dtype)[6:], span.tensor.shape) for span in record.spans
+        ]
         writer.add_record(record)
     manifest = container.records_bytes(writer.entries, tensors, encoded.types, encoded.omissions)
     placed = writer.add(container.RECORDS, manifest)
@@ -180,39 +180,39 @@ class _Writer:
         self.entries: list[Entry] = []
         self.at = 0  # where the next header goes
         self._written = 0
-        self._pending: list[Any] = []
+        self._pending: list[bytes] = []
 
     def add(self, name: str, data: bytes) -> Entry:
-        return self._add(name, len(data), crc32(data), [data])
+        """Place a small record; it is written with its neighbours."""
+        entry = self._place(name, len(data), crc32(data))
+        self._pending.append(data)
+        if self.at - self._written >= _COALESCE_BYTES:
+            self.flush()
+        return entry
 
     def add_record(self, record: Record) -> None:
         if record.length <= _SMALL_BYTES:
-            data = record.small()
-            self._add(record.name, len(data), crc32(data), [data])
+            self.add(record.name, record.small())
             return
         # Twice over the memory, since a zip's checksum stands before the data; a checksum costs little.
         checksum = 0
         for chunk in record.chunks():
             checksum = crc32(chunk, checksum)
-        self._add(record.name, record.length, checksum, record.chunks())
+        self._place(record.name, record.length, checksum)
+        for chunk in record.chunks():
+            self.flush(chunk)
 
-    def _add(self, name: str, length: int, checksum: int, chunks: Any) -> Entry:
+    def _place(self, name: str, length: int, checksum: int) -> Entry:
         header = container.local_header(name, self.at, length, checksum)
         entry = Entry(name, self.at, self.at + len(header), length, checksum)
         self.entries.append(entry)
         self.at = entry.offset + length
         self._pending.append(header)
-        pending = len(header)
-        for chunk in chunks:
-            self._pending.append(chunk)
-            pending += len(chunk)
-            if pending >= CHUNK_BYTES or self.at - self._written >= _COALESCE_BYTES:
-                self.flush()
-                pending = 0
         return entry
 
-    def flush(self) -> None:
-        self._written = commit.writev_all(self.fd, self._pending, self._written)
+    def flush(self, chunk: Any = b"") -> None:
+        """Write what is pending, and then the chunk."""
+        self._written = commit.writev_all(self.fd, [b"".join(self._pending), chunk], self._written)
         self._pending = []
         commit.crash_point("writing")
 

@@ -43,7 +43,7 @@ _PURE_PATHS: dict[str, Callable[[str], Any]] = {
     "PurePosixPath": pathlib.PurePosixPath,
     "PureWindowsPath": pathlib.PureWindowsPath,
 }
-_NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUVmM]\d+(\[\d*\w+\])?")
+NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUVmM]\d+(\[\d*\w+\])?")
 
 
 def type_name(cls: type) -> str:
@@ -77,7 +77,7 @@ def factory_name(factory: object) -> str | None:
 def numpy_dtype_text(dtype: Any) -> str | None:
     """The text that gives this NumPy dtype back, or None for objects, records and the like."""
     text = str(dtype.str)
-    if dtype.hasobject or dtype.names or dtype.subdtype or not _NUMPY_DTYPE.fullmatch(text):
+    if dtype.hasobject or dtype.names or dtype.subdtype or not NUMPY_DTYPE.fullmatch(text):
         return None
     return text
 
@@ -149,7 +149,7 @@ def _ndarray(plain: Any, spec: Spec) -> Any:
     import numpy as np
 
     text = spec["dtype"]
-    if not _NUMPY_DTYPE.fullmatch(text):
+    if not NUMPY_DTYPE.fullmatch(text):
         raise ValueError(f"{text!r} is not a dtype of plain numbers or text")
     if plain.device.type == "meta":
         return plain  # it lies under a key that the reader leaves out
@@ -166,7 +166,7 @@ def _numpy_scalar(plain: Any, spec: Spec) -> Any:
     import numpy as np
 
     text = spec["dtype"]
-    if not _NUMPY_DTYPE.fullmatch(text):
+    if not NUMPY_DTYPE.fullmatch(text):
         raise ValueError(f"{text!r} is not a dtype of plain numbers or text")
     return np.array(plain, dtype=np.dtype(text))[()]
 

@@ -1,4 +1,186 @@
-"""x"""
+"""Reading checkpoints that holdfast did not write: PyTorch Lightning's, torch.save's, today's and the old format.
+
+Nothing that such a file names is imported or called. Tensors and plain values come back as they are; a class
+outside the allowlist becomes an inert `Opaque` object that remembers its name and what the file said about it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
 from typing import Any
-def load(name: str, fd: int, map_location: Any, skip: Any, verify: bool) -> Any:
-    raise NotImplementedError
+
+import torch
+
+from holdfast.checkpoint import container, pickling
+from holdfast.checkpoint.checksum import crc32
+from holdfast.checkpoint.foreign_types import KNOWN, Opaque, opaque_class, settle
+from holdfast.checkpoint.tensors import memory, mover
+from holdfast.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointIncompatible, CheckpointUnsafe
+
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def load(name: str, fd: int, map_location: Any, skip: frozenset[str], verify: bool) -> Any:
+    """Read a file of torch.save or PyTorch Lightning; checksums are compared where the file has them.
+
+    Raises:
+        CheckpointIncomplete, CheckpointCorrupt, CheckpointIncompatible, CheckpointUnsafe: as `load.load` says.
+    """
+    head = os.pread(fd, 16, 0)
+    if container.is_zip(fd):
+        value = _load_zip(name, fd, map_location, verify)
+    elif head.startswith(_LEGACY_START[:12]):
+        value = _load_legacy(name, map_location)
+    else:
+        found = "is empty" if not head else f"begins with {head!r}"
+        raise CheckpointIncomplete(f"{os.path.basename(name)} is not a checkpoint: it {found}.", path=name)
+    if isinstance(value, dict):
+        for key in skip:
+            value.pop(key, None)
+    return value
+
+
+def _load_legacy(name: str, map_location: Any) -> Any:
+    short = os.path.basename(name)
+    try:
+        return torch.load(name, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[-1] if "GLOBAL" not in str(error) else _line_with(str(error), "GLOBAL")
+        raise CheckpointUnsafe(
+            f"{short} is in torch's old format and asks for more than tensors and plain values: {reason}", path=name
+        ) from error
+    except Exception as error:  # torch raises whatever the damage happens to lead to
+        raise CheckpointCorrupt(f"{short} is in torch's old format and cannot be read: {error}.", path=name) from error
+
+
+def _line_with(text: str, word: str) -> str:
+    return next(line.strip() for line in text.splitlines() if word in line)
+
+
+def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
+    short = os.path.basename(name)
+    archive = _Archive(name, fd, verify)
+    if "constants.pkl" in archive.records:
+        raise CheckpointIncompatible(f"{short} is a TorchScript program, not a checkpoint.", path=name)
+    if "data.pkl" not in archive.records:
+        raise CheckpointIncomplete(f"{short} is a zip archive, but not a checkpoint: it has no data.pkl.", path=name)
+    if "byteorder" in archive.records and archive.read("byteorder") != b"little":
+        raise CheckpointIncompatible(f"{short} was written on a big-endian machine.", path=name)
+    pickled = archive.read("data.pkl")
+    storages: dict[str, torch.UntypedStorage] = {}
+    move = mover(map_location)
+
+    def storage(key: str, location: str) -> torch.UntypedStorage:
+        if key not in storages:
+            read = archive.storage(f"data/{key}")
+            storages[key] = read if move is None else move(read, location)
+        return storages[key]
+
+    try:
+        pickling.scan(pickled)
+        unpickler = _ForeignUnpickler(pickled, storage)
+        value = unpickler.load()
+        return settle(value) if unpickler.has_stubs else value
+    except (CheckpointCorrupt, OSError):
+        raise
+    except (pickling.PickleError, RecursionError, MemoryError) as error:
+        raise CheckpointUnsafe(f"{short} cannot be read: {error}.", path=name) from error
+    except Exception as error:
+        raise CheckpointCorrupt(f"{short} cannot be read: {error!r}.", path=name) from error
+
+
+class _ForeignUnpickler(pickling.SafeUnpickler):
+    def __init__(self, data: bytes, storage: pickling.StorageReader) -> None:
+        super().__init__(data, storage)
+        self.has_stubs = False
+        self._classes: dict[tuple[str, str], type[Opaque]] = {}
+
+    def unknown_global(self, module: str, name: str) -> Any:
+        self.has_stubs = True
+        known = KNOWN.get((module, name))
+        if known is not None:
+            return known
+        if (module, name) not in self._classes:
+            self._classes[module, name] = opaque_class(module, name)
+        return self._classes[module, name]
+
+
+class _Archive:
+    """The records of a zip archive, read straight from the file, each header and checksum compared."""
+
+    def __init__(self, name: str, fd: int, verify: bool) -> None:
+        self._name, self._fd, self._verify = name, fd, verify
+        short = os.path.basename(name)
+        try:
+            with zipfile.ZipFile(os.fdopen(os.dup(fd), "rb")) as archive:
+                infos = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
+            raise CheckpointIncomplete(
+                f"{short} is not a whole checkpoint: it begins as a zip archive, but its directory cannot be read "
+                f"({error}). It may have been cut short.",
+                path=name,
+            ) from error
+        self.size = os.fstat(fd).st_size
+        self.records: dict[str, zipfile.ZipInfo] = {}
+        roots = {info.filename.split("/", 1)[0] for info in infos}
+        for info in infos:
+            inner = info.filename.split("/", 1)[-1]
+            if inner.startswith("holdfast/"):
+                raise CheckpointIncomplete(f"{short} is not a whole checkpoint: its manifest is damaged.", path=name)
+            if inner in self.records:
+                raise CheckpointCorrupt(f"{short} is corrupt: it has two records named {inner}.", path=name)
+            self.records[inner] = info
+        if len(roots) != 1:
+            raise CheckpointIncomplete(f"{short} is a zip archive, but not a checkpoint.", path=name)
+
+    def read(self, inner: str) -> bytes:
+        buffer = bytearray(self._length(inner))
+        self._fill(inner, memoryview(buffer))
+        return bytes(buffer)
+
+    def storage(self, inner: str) -> torch.UntypedStorage:
+        if inner not in self.records:
+            raise self._corrupt(f"it has no record {inner}")
+        length = self._length(inner)
+        storage = torch.UntypedStorage(length)
+        self._fill(inner, memory(storage.data_ptr(), length, writable=True))
+        return storage
+
+    def _length(self, inner: str) -> int:
+        info = self.records[inner]
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise CheckpointIncompatible(
+                f"{os.path.basename(self._name)} has compressed records ({inner}); a checkpoint's are stored.",
+                path=self._name,
+            )
+        if info.header_offset + info.file_size > self.size:
+            raise self._corrupt(f"{inner} reaches beyond the end of the file")
+        return info.file_size
+
+    def _fill(self, inner: str, into: memoryview) -> None:
+        info = self.records[inner]
+        head = os.pread(self._fd, 30, info.header_offset)
+        name_length = int.from_bytes(head[26:28], "little")
+        extra_length = int.from_bytes(head[28:30], "little")
+        full = os.pread(self._fd, name_length, info.header_offset + 30)
+        if not head.startswith(b"PK\x03\x04") or full != info.orig_filename.encode():
+            raise self._corrupt(f"the zip header of {inner} does not agree with the zip directory")
+        at = info.header_offset + 30 + name_length + extra_length
+        checksum = 0
+        while into:
+            piece = into[: 2 << 20]
+            count = os.preadv(self._fd, [piece], at)
+            if count == 0:
+                raise self._corrupt(f"the file ends within {inner}")
+            checksum = crc32(piece[:count], checksum)
+            into, at = into[count:], at + count
+        if self._verify and checksum != info.CRC:
+            raise self._corrupt(f"{inner} has checksum {checksum:08x}, the zip directory says {info.CRC:08x}")
+
+    def _corrupt(self, what: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(f"{os.path.basename(self._name)} is corrupt: {what}.", path=self._name)
+
+
+__all__ = ["Opaque", "load"]

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.checkpoint import catalog, commit, container, foreign, integrity, payload, pickling
 from holdfast.checkpoint.integrity import Damage, Job, Manifest
-from holdfast.checkpoint.tensors import memory
+from holdfast.checkpoint.tensors import memory, mover
 from holdfast.errors import (
     CheckpointCorrupt,
     CheckpointIncomplete,
@@ -48,7 +48,6 @@ def load(
         CheckpointUnsafe: the file asks for code or for absurd amounts of memory.
         StorageError: the disk failed.
     """
-    import gc; gc.disable()
     name = os.fspath(path)
     try:
         with _open(name) as file:
@@ -135,16 +134,17 @@ def _load_own(
 ) -> Any:
     manifest = integrity.read_manifest(fd, tail)
     pickled, storages = _read(fd, manifest, skip, verify)
-    restore = None
-    if map_location is None or torch.device("cpu") != _device(map_location):
-        restore = torch.serialization._get_restore_location(map_location)
+    move = mover(map_location)
+
+    moved: set[str] = set()
 
     def storage(key: str, location: str) -> torch.UntypedStorage:
         found = storages.get(f"data/{key}")
         if found is None:
             raise pickling.PickleError(f"there is no record data/{key}")
-        if restore is not None and found.device.type == "cpu":
-            found = storages[f"data/{key}"] = restore(found, location)
+        if move is not None and key not in moved:
+            moved.add(key)
+            found = storages[f"data/{key}"] = move(found, location)
         return found
 
     try:
@@ -160,10 +160,6 @@ def _load_own(
         for key in skip:
             value.pop(key, None)
     return value
-
-
-def _device(map_location: Any) -> Any:
-    return torch.device(map_location) if isinstance(map_location, (str, torch.device)) else None
 
 
 def _read(

@@ -26,6 +26,7 @@ import torch
 
 from holdfast.checkpoint import exact
 from holdfast.checkpoint.exact import Spec
+from holdfast.checkpoint.tensors import Span
 
 MAX_DEPTH = 100
 
@@ -114,12 +115,15 @@ class _Encoder:
         self.active: set[int] = set()
         # id -> (plain, spec, original kept alive, path, range in self.tensors)
         self.memo: dict[int, tuple[Any, Spec | None, Any, str, int, int]] = {}
+        self.plain_tensors: dict[int, tuple[torch.Tensor, Any]] = {}
         self.seen_under: set[tuple[int, str]] = set()
 
     def value(self, obj: Any) -> Plain:
         kind = type(obj)
         if kind in _AS_IT_IS:
             return obj, None
+        if kind is torch.Tensor:
+            return _tensor(self, obj)
         handler = _HANDLERS.get(kind)
         if handler is None:
             handler = _handler_for(obj)
@@ -305,28 +309,34 @@ def _torch_constant(encoder: _Encoder, obj: Any) -> Plain:
 
 
 def _tensor(encoder: _Encoder, obj: torch.Tensor) -> Plain:
-    if type(obj) is torch.Tensor and not obj.requires_grad:
+    if type(obj) is torch.Tensor and not obj.requires_grad and not obj.is_conj() and not obj.is_neg():
         plain = obj
     else:
-        plain = _plain_tensor(obj)
-    if plain.is_conj() or plain.is_neg():
-        plain = plain.resolve_conj().resolve_neg()
-    if plain.layout is torch.strided and plain.device.type != "meta":
-        _check_memory(plain)
+        known = encoder.plain_tensors.get(id(obj))
+        plain = _plain_tensor(obj) if known is None else known[0]
+        encoder.plain_tensors[id(obj)] = (plain, obj)
+    _check_memory(plain)
     encoder.tensors.append(("/".join(encoder.path), plain))
     return plain, None
 
 
 def _check_memory(tensor: torch.Tensor) -> None:
-    if tensor.dtype in (torch.quint4x2, torch.quint2x4):
+    if tensor.is_nested:
+        raise _Unstorable("a nested tensor cannot be stored")
+    if tensor.layout not in _LAYOUTS:
+        raise _Unstorable(f"a tensor of layout {tensor.layout} cannot be stored")
+    if tensor.is_quantized and tensor.dtype in (torch.quint4x2, torch.quint2x4):
         raise _Unstorable(f"a tensor of dtype {tensor.dtype} cannot be stored")
-    if tensor.is_contiguous():
-        reach = tensor.numel()
-    else:
-        reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + reach) * tensor.element_size()
-    if tensor.numel() and tensor.untyped_storage().nbytes() < needed:
-        raise _Unstorable("its memory has been freed or was never allocated")
+    if tensor.layout is torch.strided and not tensor.is_meta:
+        try:
+            Span("", tensor)
+        except ValueError as error:
+            raise _Unstorable(str(error)) from None
+
+
+_LAYOUTS = {
+    torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc,
+}  # fmt: skip
 
 
 def _plain_tensor(obj: torch.Tensor) -> torch.Tensor:
@@ -338,7 +348,9 @@ def _plain_tensor(obj: torch.Tensor) -> torch.Tensor:
             raise _Unstorable("it has not been initialised yet")
     with torch._C.DisableTorchFunctionSubclass():
         plain = obj.detach()
-        return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
+        if type(plain) is not torch.Tensor:
+            plain = plain.as_subclass(torch.Tensor)
+        return plain.resolve_conj().resolve_neg()
 
 
 def _generator(encoder: _Encoder, obj: torch.Generator) -> Plain:
@@ -556,7 +568,7 @@ _BY_BASE: list[tuple[Any, Callable[[_Encoder, Any], Plain]]] = [
 ]
 
 _LEAVES: set[Callable[[_Encoder, Any], Plain]] = {
-    _int, _number_or_text, _bytes, _bytearray, _path, _datetime, _date, _time, _timedelta, _timezone, _uuid,
+    _tensor, _int, _number_or_text, _bytes, _bytearray, _path, _datetime, _date, _time, _timedelta, _timezone, _uuid,
     _decimal, _fraction, _range, _torch_constant, _generator, _numpy_scalar, _unstorable, _enum,
 }  # fmt: skip
 

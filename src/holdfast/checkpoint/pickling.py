@@ -129,7 +129,7 @@ def scan(data: bytes) -> None:
             raise PickleError(f"opcode {code:#04x} at byte {at} has no place in a checkpoint")
 
 
-class _Call:
+class Call:
     """A function that a pickle may call, and do nothing else with: BUILD could set a plain function's defaults."""
 
     __slots__ = ("_function",)
@@ -155,8 +155,8 @@ class _Kind:
     def __init__(self, dtype: torch.dtype) -> None:
         object.__setattr__(self, "dtype", dtype)
 
-    __setattr__ = _Call.__setattr__
-    __setstate__ = _Call.__setstate__
+    __setattr__ = Call.__setattr__
+    __setstate__ = Call.__setstate__
 
 
 class _Storage:
@@ -250,9 +250,20 @@ def _rebuild_quantised(
     _check_bounds(storage, dtype, offset, size, stride)
     if storage.untyped.device.type == "meta":
         return torch.empty_strided(size, stride, dtype=torch.uint8, device="meta")
+    scheme, *params = quantizer
+    if scheme is torch.per_tensor_affine:
+        tensor = torch._empty_affine_quantized((0,), scale=params[0], zero_point=params[1], dtype=dtype)
+    else:
+        scales, zeros, axis = params
+        if not isinstance(scales, torch.Tensor):
+            scales = torch.tensor(scales, dtype=torch.float64)
+        if not isinstance(zeros, torch.Tensor):
+            zeros = torch.tensor(zeros, dtype=torch.int64)
+        tensor = torch._empty_per_channel_affine_quantized(
+            size, scales=scales, zero_points=zeros, axis=axis, dtype=dtype
+        )
     typed = torch.storage.TypedStorage(wrap_storage=storage.untyped, dtype=dtype, _internal=True)
-    rebuilt: torch.Tensor = torch._utils._rebuild_qtensor(typed, offset, size, stride, quantizer, False, {})
-    return rebuilt
+    return tensor.set_(typed, offset, size, stride)
 
 
 def _rebuild_sparse(layout: torch.layout, parts: Any) -> torch.Tensor:
@@ -271,7 +282,7 @@ def _rebuild_meta(dtype: torch.dtype, size: Any, stride: Any, grad: bool) -> tor
 
 
 def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    if type(function) is not _Call:
+    if type(function) is not Call:
         raise PickleError("a tensor is put together by something that does not make tensors")
     return function(*args)
 
@@ -289,17 +300,24 @@ def _encoded_bytes(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
+def _given(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments that are values with a size of their own: ``bytearray(1 << 40)`` would be a bomb."""
+    if len(args) > 1 or not all(type(arg) in (list, tuple, dict, bytes) for arg in args):
+        raise PickleError("a collection is made of something that is not one")
+    return args
+
+
 def _globals() -> dict[tuple[str, str], Any]:
     table: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): _Call(collections.OrderedDict),
-        ("collections", "Counter"): _Call(lambda *args: collections.Counter(*map(dict, args))),
-        ("_codecs", "encode"): _Call(_encoded_bytes),
-        ("torch", "Size"): _Call(lambda *args: torch.Size(*args)),
-        ("torch", "device"): _Call(lambda *args: torch.device(*args)),
+        ("collections", "OrderedDict"): Call(lambda *args: collections.OrderedDict(*_given(args))),
+        ("collections", "Counter"): Call(lambda *args: collections.Counter(*_given(args))),
+        ("_codecs", "encode"): Call(_encoded_bytes),
+        ("torch", "Size"): Call(lambda *args: torch.Size(*_given(args))),
+        ("torch", "device"): Call(lambda *args: torch.device(*args)),
         ("torch", "Tensor"): torch.Tensor.__name__,
         ("torch.nn.parameter", "Parameter"): "Parameter",
-        ("torch.serialization", "_get_layout"): _Call(_layout),
-        ("torch._tensor", "_rebuild_from_type_v2"): _Call(_rebuild_from_type),
+        ("torch.serialization", "_get_layout"): Call(_layout),
+        ("torch._tensor", "_rebuild_from_type_v2"): Call(_rebuild_from_type),
     }
     for name, function in {
         "_rebuild_tensor": _rebuild_v2,
@@ -311,10 +329,15 @@ def _globals() -> dict[tuple[str, str], Any]:
         "_rebuild_sparse_tensor": _rebuild_sparse,
         "_rebuild_meta_tensor_no_storage": _rebuild_meta,
     }.items():
-        table["torch._utils", name] = _Call(function)
-    for name, builtin in {"set": set, "frozenset": frozenset, "complex": complex, "bytearray": bytearray}.items():
-        table["builtins", name] = table["__builtin__", name] = _Call(builtin)
-    table["builtins", "bytes"] = table["__builtin__", "bytes"] = _Call(lambda: b"")
+        table["torch._utils", name] = Call(function)
+    for name, builtin in {
+        "set": lambda *args: set(*_given(args)),
+        "frozenset": lambda *args: frozenset(*_given(args)),
+        "bytearray": lambda *args: bytearray(*_given(args)),
+        "bytes": lambda *args: bytes(*_given(args)),
+        "complex": complex,
+    }.items():
+        table["builtins", name] = table["__builtin__", name] = Call(builtin)
     for dtype in (value for value in vars(torch).values() if isinstance(value, torch.dtype)):
         table["torch", str(dtype).removeprefix("torch.")] = dtype
     for dtype, name in torch.storage._dtype_to_storage_type_map().items():

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -39,22 +38,24 @@ class StorageRef:
         self.pid = pid
 
 
-@dataclasses.dataclass
 class Record:
     """One ``data/N`` record: a run of bytes of one storage, or one tensor that must be made dense.
 
     Attributes:
-        tensors: (path, dtype, shape) of what lies in it.
+        spans: the tensors that lie in it.
         dense: set if the bytes are ``dense.contiguous()`` instead of a run of the storage.
     """
 
-    key: str
-    storage: torch.UntypedStorage
-    start: int
-    length: int
-    location: str
-    tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]
-    dense: torch.Tensor | None = None
+    __slots__ = ("dense", "key", "length", "location", "spans", "start", "storage")
+
+    def __init__(self, spans: list[Span], start: int, length: int, dense: torch.Tensor | None = None) -> None:
+        self.key = ""
+        self.spans = spans
+        self.storage = spans[0].storage
+        self.start = start
+        self.length = length
+        self.dense = dense
+        self.location = "cpu" if spans[0].tensor.is_cpu else str(torch.serialization.location_tag(self.storage))
 
     @property
     def name(self) -> str:
@@ -97,6 +98,44 @@ def _bytes_of(piece: torch.Tensor) -> bytes:
     return ctypes.string_at(piece.data_ptr(), piece.numel() * piece.element_size())
 
 
+class Span:
+    """Where one tensor lies in memory: bytes ``low`` to ``high`` of its storage.
+
+    Raises:
+        ValueError: if it has no memory that could be read, with the reason as text.
+    """
+
+    __slots__ = ("dense", "high", "kind", "low", "name", "record", "storage", "stride", "tensor")
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.name = name
+        self.tensor = tensor
+        self.record: Record | None = None
+        self.kind = _LEGACY_STORAGES.get(tensor.dtype)
+        self.dense = tensor.is_contiguous()
+        self.stride = tensor.stride()
+        self.storage = tensor.untyped_storage()
+        self.low = self.high = 0
+        numel = tensor.numel()
+        if numel == 0:
+            return
+        size = tensor.itemsize
+        self.low = tensor.storage_offset() * size
+        if not self.dense:
+            numel = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, self.stride, strict=True))
+        self.high = self.low + numel * size
+        if self.high > self.storage.nbytes():
+            raise ValueError("its memory has been freed, or was never allocated")
+
+    @property
+    def used(self) -> int:
+        return self.tensor.numel() * self.tensor.itemsize
+
+    def same_as(self, other: Span) -> bool:
+        a, b = self.tensor, other.tensor
+        return self.low == other.low and a.shape == b.shape and self.stride == other.stride and a.dtype == b.dtype
+
+
 class Plan:
     """The records of a set of tensors, and how each tensor is rebuilt from them.
 
@@ -106,49 +145,60 @@ class Plan:
 
     def __init__(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         self.records: list[Record] = []
-        self._rebuilt: dict[int, _Rebuild] = {}
+        self._spans: dict[int, Span] = {}
         self._composed: dict[int, tuple[Any, tuple[Any, ...]]] = {}
-        self._spans: dict[int, list[_Span]] = {}
-        self._count = 0
+        self._quantizers: dict[int, tuple[Any, ...]] = {}
+        self._by_storage: dict[int, list[Span]] = {}
         self._kept: list[torch.Tensor] = []  # the plan goes by id, so what it has seen stays alive
         for name, tensor in tensors:
             self._add(name, tensor)
-        placed = [self._place(cluster) for group in self._spans.values() for cluster in _clusters(group)]
-        for number, (_, record) in enumerate(sorted(placed, key=lambda pair: pair[0])):
+        for group in self._by_storage.values():
+            for cluster in [group] if len(group) == 1 else _clusters(group):
+                self._place(cluster)
+        for number, record in enumerate(self.records):
             record.key = str(number)
-            self.records.append(record)
 
     def reduce(self, tensor: torch.Tensor) -> Any:
-        """What a pickler's ``reducer_override`` returns for this tensor."""
-        known = self._rebuilt.get(id(tensor))
-        if known is None:
+        """What a pickler's ``reducer_override`` returns for this tensor: torch's own words for it."""
+        span = self._spans.get(id(tensor))
+        if span is None or span.record is None:
             # Sparse tensors are made of tensors; a meta tensor is torch's own business: it has no bytes.
             return self._composed.get(id(tensor), NotImplemented)
-        storage = StorageRef(("storage", known.kind, known.record.key, known.record.location, known.numel))
+        record, kind, last = span.record, span.kind, ()
+        numel, rebuild = record.length, torch._utils._rebuild_tensor_v2
+        if kind is None:
+            kind, rebuild, last = torch.UntypedStorage, torch._utils._rebuild_tensor_v3, (tensor.dtype,)
+        else:
+            numel //= tensor.itemsize
+        where = (span.low - record.start) // tensor.itemsize, tuple(tensor.shape), span.stride
+        storage = StorageRef(("storage", kind, record.key, record.location, numel))
         # torch.load shares what the pickle shares, and a shared dict of hooks would be a bug: a new one each.
-        return known.function, (storage, *known.where, *known.params, False, OrderedDict(), *known.last)
+        if tensor.is_quantized:
+            quantizer = self._quantizers[id(tensor)]
+            return torch._utils._rebuild_qtensor, (storage, *where, quantizer, False, OrderedDict())
+        return rebuild, (storage, *where, False, OrderedDict(), *last)
 
     def _add(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.device.type == "meta":
-            return
         self._kept.append(tensor)
         if tensor.layout is not torch.strided:
             self._add_sparse(name, tensor)
             return
-        params: tuple[Any, ...] = ()
+        if tensor.is_meta:
+            return
         if tensor.is_quantized:
-            params = (self._quantizer(name, tensor),)
-        storage = tensor.untyped_storage()
-        self._spans.setdefault(storage._cdata, []).append(_Span(name, tensor, storage, params, self._count))
-        self._count += 1
+            self._add_quantizer(name, tensor)
+        span = self._spans[id(tensor)] = Span(name, tensor)
+        self._by_storage.setdefault(span.storage._cdata, []).append(span)
 
-    def _quantizer(self, name: str, tensor: torch.Tensor) -> tuple[Any, ...]:
+    def _add_quantizer(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.qscheme() == torch.per_tensor_affine:
-            return (torch.per_tensor_affine, tensor.q_scale(), tensor.q_zero_point())
-        parts = (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
-        for part in parts:
-            self._add(name, part)
-        return (torch.per_channel_affine, *parts, tensor.q_per_channel_axis())
+            known: tuple[Any, ...] = (torch.per_tensor_affine, tensor.q_scale(), tensor.q_zero_point())
+        else:
+            parts = (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
+            for part in parts:
+                self._add(name, part)
+            known = (torch.per_channel_affine, *parts, tensor.q_per_channel_axis())
+        self._quantizers[id(tensor)] = known
 
     def _add_sparse(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.layout is torch.sparse_coo:
@@ -163,90 +213,33 @@ class Plan:
         rebuild = torch._utils._rebuild_sparse_tensor
         self._composed[id(tensor)] = (rebuild, (tensor.layout, (*parts, *rest)))
 
-    def _place(self, cluster: list[_Span]) -> tuple[int, Record]:
+    def _place(self, cluster: list[Span]) -> None:
         first = cluster[0]
-        low = min(span.low for span in cluster)
-        high = max(span.high for span in cluster)
-        mixed = len({span.tensor.dtype for span in cluster}) > 1
-        if mixed:
-            low -= low % 16  # so that every dtype's offset stays a whole number of its elements
-        dense = None
-        if high - low > 2 * first.used and all(span.same_as(first) for span in cluster):
+        low, high, dense = first.low, first.high, None
+        if len(cluster) > 1:
+            low = min(span.low for span in cluster)
+            high = max(span.high for span in cluster)
+            if len({span.tensor.dtype for span in cluster}) > 1:
+                low -= low % 16  # so that every dtype's offset stays a whole number of its elements
+                for span in cluster:
+                    span.kind = None
+        if not first.dense and high - low > 2 * first.used and all(span.same_as(first) for span in cluster):
             dense = first.tensor
             high = low + first.used
-        location = "cpu" if first.storage.device.type == "cpu" else _location(first.storage)
-        record = Record("", first.storage, low, high - low, location, [], dense)
+            for span in cluster:
+                span.stride = _dense_stride(tuple(dense.shape))
+        record = Record(cluster, low, high - low, dense)
         for span in cluster:
-            tensor = span.tensor
-            shape = tuple(tensor.shape)
-            size = tensor.element_size()
-            record.tensors.append((span.name, tensor.dtype, shape))
-            stride = tuple(tensor.stride()) if dense is None else _dense_stride(shape)
-            where = ((span.low - low) // size, shape, stride)
-            kind = _LEGACY_STORAGES.get(tensor.dtype)
-            if tensor.is_quantized:
-                rebuild = _Rebuild(torch._utils._rebuild_qtensor, record, kind, record.length // size, where)
-                rebuild = rebuild._replace(params=span.params)
-            elif mixed or kind is None:
-                untyped, last = torch.UntypedStorage, (tensor.dtype,)
-                rebuild = _Rebuild(torch._utils._rebuild_tensor_v3, record, untyped, record.length, where, last)
-            else:
-                rebuild = _Rebuild(torch._utils._rebuild_tensor_v2, record, kind, record.length // size, where)
-            self._rebuilt[id(tensor)] = rebuild
-        return min(span.order for span in cluster), record
+            span.record = record
+        self.records.append(record)
 
 
-class _Rebuild(NamedTuple):
-    """The call that makes one tensor from its record's storage, in torch's own words."""
-
-    function: Callable[..., Any]
-    record: Record
-    kind: Any
-    numel: int
-    where: tuple[int, tuple[int, ...], tuple[int, ...]]
-    last: tuple[Any, ...] = ()
-    params: tuple[Any, ...] = ()
-
-
-class _Span:
-    """Where one tensor lies in its storage, in bytes."""
-
-    __slots__ = ("high", "low", "name", "order", "params", "storage", "tensor", "used")
-
-    def __init__(
-        self, name: str, tensor: torch.Tensor, storage: torch.UntypedStorage, params: tuple[Any, ...], order: int
-    ) -> None:
-        self.name = name
-        self.tensor = tensor
-        self.storage = storage
-        self.params = params
-        self.order = order
-        size = tensor.element_size()
-        numel = tensor.numel()
-        self.used = numel * size
-        if numel == 0:
-            self.low = self.high = 0
-            return
-        self.low = tensor.storage_offset() * size
-        if tensor.is_contiguous():
-            self.high = self.low + self.used
-        else:
-            reach = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
-            self.high = self.low + (reach + 1) * size
-
-    def same_as(self, other: _Span) -> bool:
-        a, b = self.tensor, other.tensor
-        return self.low == other.low and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def _clusters(group: list[_Span]) -> list[list[_Span]]:
+def _clusters(group: list[Span]) -> list[list[Span]]:
     """Sort the spans of one storage into runs that overlap; empty ones and strangers stay alone."""
-    if len(group) == 1:
-        return [group]
-    clusters: list[list[_Span]] = []
+    clusters: list[list[Span]] = []
     high = -1
     for span in sorted(group, key=lambda span: (span.low, span.high)):
-        if clusters and span.used and span.low < high:
+        if clusters and span.low < min(high, span.high):
             clusters[-1].append(span)
             high = max(high, span.high)
         else:
@@ -263,5 +256,10 @@ def _dense_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def _location(storage: torch.UntypedStorage) -> str:
-    return str(torch.serialization.location_tag(storage))
+def mover(map_location: Any) -> Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None:
+    """What puts a loaded storage where ``map_location`` says, as `torch.load` takes it; None to leave it be."""
+    if map_location is not None and isinstance(map_location, (str, torch.device)):
+        if torch.device(map_location) == torch.device("cpu"):
+            return None
+    restore: Callable[..., torch.UntypedStorage] = torch.serialization._get_restore_location(map_location)
+    return restore

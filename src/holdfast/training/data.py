@@ -52,26 +52,29 @@ class _SeededSampler:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[Any]:
-        stream = self._stream
-        base, batch = stream.seed_base, stream.position
         inner = iter(self._inner)
-        for _ in range(batch):
-            if next(inner, stream) is stream:
-                return
+        stream = self._stream
+        if stream.position:
+            end = object()
+            for _ in range(stream.position):
+                if next(inner, end) is end:
+                    break
         if stream.workers:
-            for indices in inner:
-                yield _SeededIndices(rng.mix(base, batch), indices)
-                batch += 1
-        elif stream.isolated:
-            # The sampler above drew from the run's own generators; the fetch that follows this yield, in
-            # this process, must not. `BatchStream.batches` leaves the isolation when the batch is there.
-            enter = stream.isolation.enter
-            for indices in inner:
-                enter(rng.mix(base, batch))
-                yield indices
-                batch += 1
-        else:
-            yield from inner
+            return self._seeded(inner)
+        return self._isolated(inner) if stream.isolated else inner
+
+    def _seeded(self, inner: Iterator[Any]) -> Iterator[Any]:
+        base = self._stream.seed_base
+        for batch, indices in enumerate(inner, self._stream.position):
+            yield _SeededIndices(rng.mix(base, batch), indices)
+
+    def _isolated(self, inner: Iterator[Any]) -> Iterator[Any]:
+        # The sampler draws from the run's own generators; the fetch that follows a yield, in this process, must
+        # not. `BatchStream` leaves the isolation when the batch is there.
+        base, enter = self._stream.seed_base, self._stream.isolation.enter
+        for batch, indices in enumerate(inner, self._stream.position):
+            enter(rng.mix(base, batch))
+            yield indices
 
 
 def _never_draws(loader: DataLoader[Any]) -> bool:

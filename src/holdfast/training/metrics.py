@@ -129,8 +129,12 @@ class Entry:
         self.updates += 1
         if self.on_epoch:
             if self.reduce == "mean":
-                added = value * batch_size
-                self.total = added if self.weight == 0 else self.total + added
+                if self.weight == 0:
+                    self.total = (value if isinstance(value, float) else _widened(value)) * batch_size
+                elif isinstance(value, Tensor) and isinstance(self.total, Tensor):
+                    self.total.add_(value, alpha=batch_size)
+                else:
+                    self.total = self.total + value * batch_size
                 self.weight += batch_size
                 if not self.on_step:
                     return
@@ -163,6 +167,13 @@ class Entry:
         if self.reduce == "mean":
             return as_tensor(self.total / self.weight)
         return as_tensor(self.total)
+
+
+def _widened(value: Any) -> Any:
+    """A value fit for adding up many: half precision and integers become the default floating type."""
+    if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
+        return value.to(torch.get_default_dtype())
+    return value
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -247,6 +247,11 @@ class AutomaticOptimization(Optimization):
         self.before_zero_grad = bind(trainer, "on_before_zero_grad")
         self.plain_zero_grad = not is_overridden("optimizer_zero_grad", self.module)
         self.plain_step = not is_overridden("optimizer_step", self.module)
+        # torch's own optimizers, but for LBFGS, call a closure once and before anything else, so it can be called
+        # outside as well. Handed over, it would run behind the optimizer's pre-step hooks.
+        self.single_evaluation = type(self.optimizer).__module__.startswith("torch.optim.") and not isinstance(
+            self.optimizer, torch.optim.LBFGS
+        )
         self.clips = is_overridden("configure_gradient_clipping", self.module) or bool(trainer.gradient_clip_val)
         self.accumulate = trainer.accumulate_grad_batches
         # One closure for the whole fit; what changes from batch to batch is set on this object.
@@ -273,7 +278,11 @@ class AutomaticOptimization(Optimization):
         if optimizer is None or not step:
             self._closure()
         elif self.plain_step and self.scaler is None:
-            optimizer.step(self.closure)
+            if self.single_evaluation:
+                self._closure()
+                optimizer.step()
+            else:
+                optimizer.step(self.closure)
             self.trainer.progress.global_step += 1
         else:
             self._ran = False

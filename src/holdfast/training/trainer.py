@@ -427,6 +427,7 @@ class Trainer(RunView):
     def _attach(self, model: LightningModule, datamodule: Any) -> None:
         self._module = model
         model.trainer = self
+        model._results = self.metrics.train
         self.datamodule = datamodule
         if datamodule is not None:
             datamodule.trainer = self

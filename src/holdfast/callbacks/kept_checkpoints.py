@@ -1,0 +1,294 @@
+"""The files that a checkpoint callback keeps: what it publishes of them, its state, and what it deletes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from holdfast.callbacks import lineage
+from holdfast.callbacks.base import Checkpoint, SavePlan
+from holdfast.callbacks.checkpoint_view import View, rank, worst_score
+from holdfast.callbacks.save_line import save_line
+from holdfast.checkpoint.retention import Found, left_behind
+from holdfast.errors import ConfigError
+from holdfast.utilities.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    from holdfast.training.module import LightningModule
+    from holdfast.training.trainer import Trainer
+
+
+@dataclasses.dataclass
+class CheckpointPlan(SavePlan):
+    """A `SavePlan` with what is published and deleted once the save is durable.
+
+    Args:
+        step: The global step of the save.
+        view: What is published after it.
+        evict: Paths that make way for it.
+        score: The value that it was ranked on; None if it wasn't.
+        saved_step: The step that the next save must differ from.
+        undo: The bookkeeping of before, in case the save fails.
+    """
+
+    step: int = 0
+    view: View = dataclasses.field(default_factory=View)
+    evict: tuple[str, ...] = ()
+    score: Tensor | None = None
+    saved_step: int = 0
+    undo: tuple[int | None, bool] = (None, False)
+
+
+class KeptCheckpoints(Checkpoint):
+    """Keep track of a run's checkpoints, so that it ends with the files of a run that was never killed.
+
+    What is public here shows what is on disk: it changes, and files are deleted, only after the newer file
+    is durable. Never deleted are the file that the user resumed from, anything outside ``dirpath``, and
+    directories.
+
+    The run's own files carry its id (see `lineage`). When it goes on after a kill:
+
+    - Files that the checkpoint lists are looked up, in ``dirpath`` if that has moved. If one is missing or
+      was overwritten since, the best are made again from the summaries of the files of up to the resumed
+      step.
+    - Files of *later* steps (the run was killed after writing them, or was sent back to an earlier
+      checkpoint) don't count. When the run gets to that step again it writes over them.
+    - Files that a kill kept from being deleted, and later ones that were not written over, go after a save
+      of the resumed run is durable at their step or a later one. Until then they may be the newest there
+      is, and stay.
+    """
+
+    def __init__(self, dirpath: str | None, monitor: str | None, mode: str, save_top_k: int) -> None:
+        super().__init__()
+        self.dirpath = dirpath
+        self.monitor = monitor
+        self.mode = mode
+        self.save_top_k = save_top_k
+        self.current_score: Tensor | None = None
+        self.best_k_models: dict[str, Tensor] = {}
+        self.kth_best_model_path = ""
+        self.kth_value: Tensor = torch.tensor(worst_score(mode))
+        self.best_model_path = ""
+        self.best_model_score: Tensor | None = None
+        self.last_model_path = ""
+
+        self._run: str | None = None
+        self._plan: CheckpointPlan | None = None
+        self._saved_step = 0
+        self._triggered_step = 0
+        self._ranked_version: int | None = None
+        self._deferred = False
+        self._leftovers: list[Found] = []
+        self._state_loaded = False
+        self._state_dirpath: str | None = None
+        self._told_directory = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle the directory: rank 0 decides, every rank has it."""
+        if stage == "fit":
+            directory = trainer.strategy.broadcast(self.dirpath or default_directory(trainer))
+            self.dirpath = os.path.abspath(directory)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take stock of the directory when the run goes on from a checkpoint."""
+        resumed_from = getattr(trainer, "resumed_from", None)
+        if resumed_from is not None:
+            outcome = self._take_stock(trainer, resumed_from) if trainer.is_global_zero else None
+            self._run, view, self._leftovers = trainer.strategy.broadcast(outcome)
+            self._publish(view)
+            # Where the count of logged values began anew, the old count says nothing.
+            versions = getattr(trainer, "metric_versions", {})
+            if self._ranked_version is not None and versions.get(self.monitor, 0) < self._ranked_version:
+                self._ranked_version = None
+        elif self._run is None:
+            self._run = trainer.strategy.broadcast(lineage.new_run_id())
+        self._state_loaded = False
+
+    def committed(self, trainer: Trainer, plan: SavePlan, report: Any) -> None:
+        """Publish, let the loggers have the file, delete what has to go, and say so in one line."""
+        assert isinstance(plan, CheckpointPlan)
+        before, self._plan = self._view(), None
+        self._publish(plan.view)
+        self._saved_step = plan.saved_step
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)
+        deleted = self._delete(trainer, plan)
+        if not self._told_directory:
+            self._told_directory = True
+            rank_zero_info(f"checkpoints go to {self.dirpath}")
+        rank_zero_info(
+            save_line(
+                plan.names,
+                step=plan.step,
+                size_bytes=report.size_bytes,
+                seconds=report.durable_s,
+                monitor=self.monitor,
+                score=None if plan.score is None else plan.score.item(),
+                before=before,
+                after=plan.view,
+                save_top_k=self.save_top_k,
+                deleted=deleted,
+            )
+        )
+
+    def rolled_back(self, trainer: Trainer, plan: SavePlan) -> None:
+        """Forget the plan; what is published still is what is on disk."""
+        assert isinstance(plan, CheckpointPlan)
+        self._plan = None
+        self._ranked_version, self._deferred = plan.undo
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as of after the planned save, or as published when none is planned."""
+        view = self._view() if self._plan is None else self._plan.view
+        return {
+            "monitor": self.monitor,
+            "best_model_score": view.best_model_score,
+            "best_model_path": view.best_model_path,
+            "current_score": view.current_score,
+            "dirpath": self.dirpath,
+            "best_k_models": dict(view.best_k_models),
+            "kth_best_model_path": view.kth_best_model_path,
+            "kth_value": view.kth_value,
+            "last_model_path": view.last_model_path,
+            "run": self._run,
+            "saved_step": self._saved_step if self._plan is None else self._plan.saved_step,
+            "triggered_step": self._triggered_step,
+            "ranked_version": self._ranked_version,
+            "deferred": self._deferred,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state back; what it says about files is checked when training starts."""
+        self._publish(View.from_state(state_dict, self._view()))
+        self._run = state_dict.get("run")
+        self._saved_step = int(state_dict.get("saved_step", 0))
+        self._triggered_step = int(state_dict.get("triggered_step", 0))
+        self._ranked_version = state_dict.get("ranked_version")
+        self._deferred = bool(state_dict.get("deferred", False))
+        self._plan = None
+        self._state_loaded = True
+        self._state_dirpath = state_dict.get("dirpath")
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adopt the state of the same monitor and mode when only the interval was changed."""
+        states = checkpoint.get("callbacks") or {}
+        if self.state_key in states:
+            return
+        taken = {callback.state_key for callback in trainer.checkpoint_callbacks}
+        same = f"{type(self).__qualname__}{{'monitor': {self.monitor!r}, 'mode': {self.mode!r},"
+        for key, state in states.items():
+            if isinstance(key, str) and key.startswith(same) and key not in taken:
+                self.load_state_dict(state)
+                return
+
+    def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
+        """Tell whether the file exists, as rank 0 sees it."""
+        return bool(trainer.strategy.broadcast(os.path.exists(filepath)))
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Tell whether a checkpoint with the score ``current`` would be among the best now."""
+        if current is None or self.save_top_k == 0:
+            return False
+        return rank(self._view(), current, monitor=self.monitor, k=self.save_top_k, mode=self.mode).entered
+
+    def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
+        """Write ``best_k_models`` as YAML, path to score; default: ``best_k_models.yaml`` in ``dirpath``."""
+        import yaml
+
+        path = os.path.join(self.dirpath or "", "best_k_models.yaml") if filepath is None else filepath
+        with open(path, "w", encoding="utf-8") as file:
+            yaml.safe_dump({name: score.item() for name, score in self.best_k_models.items()}, file)
+
+    def _claims(self, trainer: Trainer, step: int) -> lineage.Claims:
+        others = (one for one in trainer.checkpoint_callbacks if isinstance(one, KeptCheckpoints))
+        plans = (one._plan for one in others if one is not self and one._plan is not None)
+        return lineage.Claims(
+            run=self._run,
+            step=step,
+            used=frozenset(self._view().paths()),
+            reserved=frozenset(name for plan in plans for name in plan.names),
+            protected=_protected(trainer),
+            keeps_all=self.save_top_k == -1,
+        )
+
+    def _delete(self, trainer: Trainer, plan: CheckpointPlan) -> list[str]:
+        kept = {*plan.view.paths(), *plan.names}
+        doomed = [path for path in plan.evict if path not in kept]
+        if self._leftovers and self._run is not None and self.save_top_k != -1:
+            doomed += left_behind(self._leftovers, run=self._run, step=plan.step, keep={*kept, *doomed})
+        self._leftovers = [found for found in self._leftovers if found.step > plan.step]
+        inside, protected = self.dirpath or "", _protected(trainer)
+        return [path for path in doomed if lineage.remove(path, inside=inside, protected=protected)]
+
+    def _take_stock(self, trainer: Trainer, resumed_from: str) -> tuple[str, View, list[Found]]:
+        """Set what the checkpoint remembers against what the directory holds."""
+        assert self.dirpath is not None
+        present = self._view()
+        found = lineage.describe_all(self.dirpath, also=present.paths(), recursive=self._has_subdirectories())
+        run = self._run if self._state_loaded else None
+        if run is None:
+            origin = lineage.describe(resumed_from)
+            run = (origin.run if origin is not None else None) or lineage.new_run_id()
+        view = present.relocated(
+            found,
+            directory=self.dirpath,
+            moved_from=self._state_dirpath or self.dirpath,
+            run=run,
+            step=trainer.global_step,
+            k=self.save_top_k if self.monitor is not None else 0,
+            mode=self.mode,
+            complete=self._state_loaded,
+        )
+        return run, view, [one for one in found.values() if one.run == run]
+
+    def _has_subdirectories(self) -> bool:
+        return False
+
+    def _view(self) -> View:
+        return View(**{field.name: getattr(self, field.name) for field in dataclasses.fields(View)})
+
+    def _publish(self, view: View) -> None:
+        for field in dataclasses.fields(View):
+            setattr(self, field.name, getattr(view, field.name))
+
+
+def _protected(trainer: Trainer) -> str | None:
+    """Name the file that the user resumed from; one that the run found by itself is a file like any other."""
+    if getattr(trainer, "resumed_automatically", False):
+        return None
+    path: str | None = getattr(trainer, "resumed_from", None)
+    return path
+
+
+def local_directory(dirpath: str | os.PathLike[str] | None) -> str | None:
+    """Return the absolute path of a directory that was given.
+
+    Raises:
+        ConfigError: It is an address, not a local directory.
+    """
+    if dirpath is None:
+        return None
+    path = os.fspath(dirpath)
+    if "://" in path and not path.startswith("file://"):
+        raise ConfigError(
+            f"ModelCheckpoint(dirpath={path!r}) is not a local directory: give one, and copy what is in it."
+        )
+    return os.path.realpath(os.path.expanduser(path.removeprefix("file://")))
+
+
+def default_directory(trainer: Trainer) -> str:
+    """Return ``checkpoints`` in the first logger's version directory, or else in the root directory."""
+    if not trainer.loggers:
+        return os.path.join(trainer.default_root_dir, "checkpoints")
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    root = logger.save_dir or trainer.default_root_dir
+    return os.path.join(root, str(logger.name or ""), version, "checkpoints")
