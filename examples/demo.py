@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.table import Table
@@ -133,18 +133,18 @@ def report(whole: Path, killed: Path, kills: list[tuple[int, int, int, int]]) ->
     table.add_column("")
     table.add_column("never stopped")
     table.add_column("killed and started again")
-    places = [f"at step {step} (epoch {epoch}, batch {batch})" for step, epoch, batch, _ in kills]
+    places = [f"at step {step}, in epoch {epoch + 1}, batch {batch}" for step, epoch, batch, _ in kills]
     table.add_row("killed", "-", "\n".join(places))
     again = [f"from step {saved}, {step - saved} batches done again" for step, _, _, saved in kills]
     table.add_row("went on", "-", "\n".join(again))
-    table.add_row("val accuracy", *(f"{accuracy(model):.2%}" for model in models))
-    table.add_row("SHA-256 of weights", *(f"{fingerprint(model)[:24]}…" for model in models))
-    verdict = f"[bold red]{len(different)} of {count} tensors differ[/]"
-    if not different:
-        verdict = f"[bold green]all {count} tensors are bit-identical[/] (weights, BatchNorm, optimizer)"
-    table.add_row("compared", "", verdict)
+    table.add_row("accuracy", *(f"{accuracy(model):.2%}" for model in models))
+    table.add_row("weights", *(f"{fingerprint(model)[:16]}…" for model in models))
+    verdict = f"[bold green]All {count} tensors are bit-identical:[/] weights, BatchNorm, optimizer."
+    if different:
+        verdict = f"[bold red]{len(different)} of {count} tensors differ.[/]"
     title, colour = ("PROVEN", "green") if good and not different else ("FAILED", "red")
-    console.print(Panel(table, title=f"[bold]{title}[/]", border_style=colour, padding=(1, 2), expand=False))
+    body = Group(table, "", verdict)
+    console.print(Panel(body, title=f"[bold]{title}[/]", border_style=colour, padding=(1, 2), expand=False))
     for name in different:
         console.print(f"  differs: {name}")
     if not good:
@@ -156,7 +156,7 @@ def main() -> None:
     """Run the three acts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/demo"), help="where both runs go")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--kills", type=int, default=1, help="how many times the second run is killed")
     args = parser.parse_args()
@@ -176,7 +176,7 @@ def main() -> None:
         saved = newest_saved_step(killed)
         kills.append((step, epoch, batch, saved))
         console.print(
-            f"\n[bold red]SIGKILL[/] at step {step}: epoch {epoch}, after batch {batch} of "
+            f"\n[bold red]SIGKILL[/] at step {step}: epoch {epoch + 1}, after batch {batch} of "
             f"{BATCHES_PER_EPOCH}. Newest checkpoint: step {saved}.\n"
         )
     console.print(Rule("3. The same command once more", style="cyan"))

@@ -137,7 +137,7 @@ def main() -> None:
     """Train, or go on training, and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/digits"), help="the run's folder")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--workers", type=int, default=0, help="processes that load the data")
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
     args = parser.parse_args()

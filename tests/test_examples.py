@@ -47,7 +47,7 @@ def test_the_demo_proves_what_it_says(tmp_path: Path, workers: int) -> None:
     printed = run("demo.py", "--root", tmp_path, "--epochs", "6", "--kills", "2", "--workers", str(workers))
     assert printed.count("SIGKILL at step") == 2
     assert "PROVEN" in printed
-    assert re.search(r"all \d+ tensors are bit-identical", printed)
+    assert re.search(r"All \d+ tensors are bit-identical", printed)
     weights = [
         torch.load(tmp_path / name / "final.ckpt", weights_only=True)["state_dict"]
         for name in ("uninterrupted", "killed")

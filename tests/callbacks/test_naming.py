@@ -64,8 +64,10 @@ def test_nothing_near_and_nothing_logged() -> None:
         ("{epoch", "The file name '{epoch' can't be read as a template: expected '}' before end of string."),
         (
             "{}",
-            "The file name '{}' has braces without a metric's name, or with a '!' in it. "
-            "Write {name} or {name:format}; for a brace itself write it twice.",
+            (
+                "The file name '{}' has braces without a metric's name, or with a '!' in it. "
+                "Write {name} or {name:format}; for a brace itself write it twice."
+            ),
         ),
         ("{val_loss:d}", "The file name '{val_loss:d}' wants 'val_loss' as 'd', which doesn't fit its value"),
     ],

@@ -37,8 +37,8 @@ def test_intervals_exclude_each_other() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_intervals(1, 1, None)
     assert str(caught.value) == (
-        "ModelCheckpoint takes one of every_n_train_steps, every_n_epochs and train_time_interval, not several. "
-        "Use one ModelCheckpoint for each interval."
+        "ModelCheckpoint takes one of every_n_train_steps, every_n_epochs and train_time_interval, not "
+        "several. Use one ModelCheckpoint for each interval."
     )
 
 

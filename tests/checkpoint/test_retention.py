@@ -94,5 +94,5 @@ def test_left_behind_spares_the_future_other_runs_and_what_is_in_use() -> None:
         Found("other run", 6, "q"),
         Found("nobody's", 6),
     ]
-    assert left_behind(found, run="r", step=18, keep={"in use"}) == ["old"]
-    assert left_behind(found, run="r", step=24, keep={"in use"}) == ["old", "future"]
+    assert left_behind(found, run="r", before_step=19, keep={"in use"}) == ["old"]
+    assert left_behind(found, run="r", before_step=25, keep={"in use"}) == ["old", "future"]

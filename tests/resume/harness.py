@@ -182,10 +182,22 @@ def tensor_difference(left: torch.Tensor, right: torch.Tensor) -> str:
     return f"{int((apart > 0).sum())} of {apart.numel()} values differ, by {float(apart.max()):.3g} at most"
 
 
-def events_after_start(tape: Tape) -> list[Any]:
-    """What a resumed run does once it trains: everything after the last hook named on_train_start."""
-    last = max(index for index, event in enumerate(tape) if event[1:2] == ("on_train_start",))
-    return list(tape[last + 1 :])
+def named(event: Any, hook: str) -> bool:
+    return event[0] in ("callback", "module") and event[1] == hook
+
+
+def rests(whole: Tape, number: int, resumed: Tape) -> tuple[list[Any], list[Any]]:
+    """What is left of the whole run after it saved file ``number``, and what the run resumed from it did.
+
+    The latter begins after on_train_start. A run that was finished when it was saved trains nothing, so it calls
+    neither that hook nor on_train_end.
+    """
+    expected = events_after_save(whole, number)
+    starts = [index for index, event in enumerate(resumed) if named(event, "on_train_start")]
+    if starts:
+        return expected, list(resumed[starts[-1] + 1 :])
+    end = next(index for index, event in enumerate(resumed) if named(event, "on_fit_end"))
+    return [event for event in expected if not named(event, "on_train_end")], list(resumed[end:])
 
 
 def events_after_save(tape: Tape, number: int) -> list[Any]:
@@ -210,9 +222,8 @@ def tape_difference(expected: list[Any], seen: list[Any]) -> str | None:
 
 def differences(whole: Outcome, resumed: Outcome, number: int) -> list[str]:
     """Everything in which a run resumed from file ``number`` is not the rest of the whole run."""
-    expected, seen = events_after_save(whole.tape, number), events_after_start(resumed.tape)
     found = {
-        "events": tape_difference(expected, seen),
+        "events": tape_difference(*rests(whole.tape, number, resumed.tape)),
         "final weights": first_difference(whole.weights, resumed.weights),
         "final checkpoint": first_difference(whole.payload, resumed.payload),
         "generators after the run": first_difference(whole.draws, resumed.draws),

@@ -64,7 +64,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def overwrite(path: Path, contents: bytes) -> None:
-    """Write damaged contents, to a file that may be read-only because it shares its inode with another name."""
+    """Write damaged contents under a name whose file may be read-only, shared with another name."""
     path.unlink()
     path.write_bytes(contents)
 
@@ -86,7 +86,8 @@ class TestMissing:
         wanted = run / "checkpoints" / "epoch=1-step=5.ckpt"
         message = refused(errors.CheckpointNotFound, run, wanted)
         assert message == (
-            f"There is no checkpoint {wanted}. The nearest names there: epoch=1-step=4.ckpt, epoch=0-step=2.ckpt"
+            f"There is no checkpoint {wanted}. The nearest names there: "
+            "epoch=1-step=4.ckpt, epoch=0-step=2.ckpt."
         )
 
     def test_is_a_file_not_found_error(self, run: Path) -> None:
@@ -184,8 +185,8 @@ class TestAuto:
         message = refused(errors.CheckpointIncomplete, run, "auto")
         first, *listed, last = message.splitlines()
         assert first == (
-            'ckpt_path="auto": there are checkpoints, but not one is whole and verified, and starting from step 0 '
-            "would bury them:"
+            'ckpt_path="auto": there are checkpoints, but not one is whole and verified, and starting from '
+            "step 0 would bury them:"
         )
         assert sorted(os.path.basename(line.split(":")[0]) for line in listed) == names
         assert last == "Move them away, or give a path, or ckpt_path=None to start anew."
@@ -206,7 +207,7 @@ class TestParametersThatDoNotFit:
     def test_every_missing_and_unexpected_one_is_listed(self, run: Path, newest: Path) -> None:
         message = refused(errors.CheckpointIncompatible, run, newest, Net(names=("first", "third")))
         assert message == (
-            f"{newest} does not fit Net. Keys 2 missing from the file:\n  third.weight\n  third.bias\n"
+            "epoch=1-step=4.ckpt does not fit Net. Keys 2 missing from the file:\n  third.weight\n  third.bias\n"
             "Keys 2 in the file that the model does not have:\n  second.weight\n  second.bias\n"
             "strict=False loads what matches."
         )
@@ -214,7 +215,7 @@ class TestParametersThatDoNotFit:
     def test_every_shape_is_given_twice(self, run: Path, newest: Path) -> None:
         message = refused(errors.CheckpointIncompatible, run, newest, Net(width=5))
         assert message == (
-            f"{newest} does not fit Net. Keys 3 of another shape:\n"
+            "epoch=1-step=4.ckpt does not fit Net. Keys 3 of another shape:\n"
             "  first.weight: (4, 3) in the file, (5, 3) in the model\n"
             "  first.bias: (4,) in the file, (5,) in the model\n"
             "  second.weight: (1, 4) in the file, (1, 5) in the model"
@@ -230,8 +231,8 @@ class TestParametersThatDoNotFit:
         with pytest.raises(errors.CheckpointIncompatible) as caught:
             Net.load_from_checkpoint(newest, names=("a", "b"), strict=False)
         assert str(caught.value) == (
-            "epoch=1-step=4.ckpt does not fit Net: not one of its 4 keys is the model's. The model has 'a.weight', "
-            "the file has 'first.weight'. Is it the right file, or is there a prefix to strip?"
+            "epoch=1-step=4.ckpt does not fit Net: not one of its 4 keys is the model's. The model has "
+            "'a.weight', the file has 'first.weight'. Is it the right file, or is there a prefix to strip?"
         )
 
     def test_strict_false_loads_what_matches(self, newest: Path) -> None:
@@ -241,7 +242,9 @@ class TestParametersThatDoNotFit:
 
     def test_another_number_of_optimizers(self, run: Path, newest: Path) -> None:
         class Two(Net):
-            automatic_optimization = False
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
 
             def configure_optimizers(self) -> Any:
                 return [
@@ -252,7 +255,7 @@ class TestParametersThatDoNotFit:
         with pytest.raises(errors.CheckpointIncompatible) as caught:
             make_trainer(run).fit(Two(), loader(), ckpt_path=newest)
         assert str(caught.value) == (
-            f"{newest} holds the state of 1 optimizers, but configure_optimizers returned 2. Resume with the "
+            "epoch=1-step=4.ckpt holds the state of 1 optimizers, but configure_optimizers returned 2. Resume with the "
             "optimizers that the run was started with."
         )
 
@@ -262,7 +265,7 @@ class TestParametersThatDoNotFit:
         trainer.save_checkpoint(run / "weights.ckpt", weights_only=True)
         message = refused_after_load(run, run / "weights.ckpt")
         assert message == (
-            f"{run / 'weights.ckpt'} holds weights only; a run cannot go on from it. Load them with "
+            "weights.ckpt holds weights only; a run cannot go on from it. Load them with "
             "Net.load_from_checkpoint and start a new run."
         )
 
@@ -327,4 +330,4 @@ class TestTrainerArguments:
     def test_values(self, arguments: dict[str, Any]) -> None:
         ((name, value),) = arguments.items()
         with pytest.raises(errors.ConfigError, match=rf"{name}={re.escape(repr(value))}"):
-            pl.Trainer(**arguments)
+            pl.Trainer(max_epochs=1, **arguments)

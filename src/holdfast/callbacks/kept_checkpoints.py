@@ -57,9 +57,11 @@ class KeptCheckpoints(Checkpoint):
       step.
     - Files of *later* steps (the run was killed after writing them, or was sent back to an earlier
       checkpoint) don't count. When the run gets to that step again it writes over them.
-    - Files that a kill kept from being deleted, and later ones that were not written over, go after a save
-      of the resumed run is durable at their step or a later one. Until then they may be the newest there
-      is, and stay.
+    - A name that a kill kept from being given, such as ``last``, is given.
+    - Files that a kill kept from being deleted go when the run goes on from a later file that it found by
+      itself, and otherwise after its first save.
+    - Files of later steps that were not written over go after a save of the resumed run is durable at their
+      step or a later one. Until then they may be the newest there is, and stay.
     """
 
     def __init__(self, dirpath: str | None, monitor: str | None, mode: str, save_top_k: int) -> None:
@@ -97,9 +99,18 @@ class KeptCheckpoints(Checkpoint):
         """Take stock of the directory when the run goes on from a checkpoint."""
         resumed_from = getattr(trainer, "resumed_from", None)
         if resumed_from is not None:
-            outcome = self._take_stock(trainer, resumed_from) if trainer.is_global_zero else None
-            self._run, view, self._leftovers = trainer.strategy.broadcast(outcome)
+            stock = self._take_stock(trainer, resumed_from) if trainer.is_global_zero else (None, None, [])
+            self._run, view, self._leftovers = trainer.strategy.broadcast(stock)
+            assert view is not None
             self._publish(view)
+            if trainer.is_global_zero and _protected(trainer) is None:
+                # What is older than the checkpoint that was just read and verified is the newest nowhere.
+                deleted = self._sweep(
+                    trainer, before_step=trainer.global_step, keep={*view.paths(), resumed_from}
+                )
+                if deleted:
+                    names = ", ".join(os.path.basename(path) for path in deleted)
+                    rank_zero_info(f"deleted {names}, which a kill had kept from being deleted")
             # Where the count of logged values began anew, the old count says nothing.
             versions = getattr(trainer, "metric_versions", {})
             if self._ranked_version is not None and versions.get(self.monitor, 0) < self._ranked_version:
@@ -221,10 +232,17 @@ class KeptCheckpoints(Checkpoint):
 
     def _delete(self, trainer: Trainer, plan: CheckpointPlan) -> list[str]:
         kept = {*plan.view.paths(), *plan.names}
+        inside, protected = self.dirpath or "", _protected(trainer)
         doomed = [path for path in plan.evict if path not in kept]
-        if self._leftovers and self._run is not None and self.save_top_k != -1:
-            doomed += left_behind(self._leftovers, run=self._run, step=plan.step, keep={*kept, *doomed})
-        self._leftovers = [found for found in self._leftovers if found.step > plan.step]
+        deleted = [path for path in doomed if lineage.remove(path, inside=inside, protected=protected)]
+        return deleted + self._sweep(trainer, before_step=plan.step + 1, keep=kept)
+
+    def _sweep(self, trainer: Trainer, *, before_step: int, keep: set[str]) -> list[str]:
+        """Delete what earlier lives of the run left behind, of steps before ``before_step``."""
+        if not self._leftovers or self._run is None or self.save_top_k == -1:
+            return []
+        doomed = left_behind(self._leftovers, run=self._run, before_step=before_step, keep=keep)
+        self._leftovers = [found for found in self._leftovers if found.step >= before_step]
         inside, protected = self.dirpath or "", _protected(trainer)
         return [path for path in doomed if lineage.remove(path, inside=inside, protected=protected)]
 
@@ -237,6 +255,9 @@ class KeptCheckpoints(Checkpoint):
         if run is None:
             origin = lineage.describe(resumed_from)
             run = (origin.run if origin is not None else None) or lineage.new_run_id()
+        if _protected(trainer) is None:
+            given = lineage.give_missing_names(resumed_from, run, trainer.global_step)
+            found.update(lineage.describe_all("", also=given))
         view = present.relocated(
             found,
             directory=self.dirpath,

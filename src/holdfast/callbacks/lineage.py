@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint import catalog
+from holdfast.checkpoint import catalog, commit
 from holdfast.checkpoint.retention import Found
 from holdfast.errors import CheckpointError
 from holdfast.utilities.rank_zero import rank_zero_warn
@@ -57,6 +57,30 @@ def describe(path: str) -> Found | None:
             score = float(owner["score"]) if ranked else None
             return Found(place, int(summary.step or 0), key.removeprefix(_OWNER), score)
     return Found(place, int(summary.step or 0))
+
+
+def give_missing_names(path: str, run: str, step: int) -> list[str]:
+    """Give a file the names that a kill came before, and return those.
+
+    A name that is free is given, and one that an older file of the same run has.
+
+    Args:
+        path: A checkpoint of the run.
+        run: The run's id.
+        step: The global step that it was saved at.
+    """
+    try:
+        owner = catalog.read_summary(path).values.get(_OWNER + run)
+    except CheckpointError:
+        return []
+    given = []
+    if owner is not None and owner["names"][0] == os.path.basename(path):
+        for name in (os.path.join(os.path.dirname(path), one) for one in owner["names"][1:]):
+            there = describe(name)
+            if not os.path.lexists(name) or (there is not None and there.run == run and there.step < step):
+                commit.add_name(path, name)
+                given.append(name)
+    return given
 
 
 def describe_all(directory: str, *, also: Iterable[str] = (), recursive: bool = False) -> dict[str, Found]:

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from holdfast.checkpoint import commit, container
-from holdfast.errors import CheckpointIncomplete, CheckpointNotFound, StorageError
+from holdfast.errors import CheckpointIncomplete, CheckpointNotFound
 
 SUFFIX = ".ckpt"
 

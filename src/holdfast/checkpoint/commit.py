@@ -33,7 +33,7 @@ class Replacement:
 
     Attributes:
         fd: where to write; the file has no content yet.
-        needed_bytes: set by the writer when it knows how long the file will be, for the message if the disk fills.
+        needed_bytes: how long the file will be, once the writer knows: for the message if the disk fills.
     """
 
     def __init__(self, path: str, temporary: str, fd: int) -> None:
@@ -219,7 +219,11 @@ def is_temporary(name: str) -> bool:
     """Whether a file name is one that `replacing` gives to a file before its final name."""
     parts = name.rsplit(".", 3)
     return (
-        len(parts) == 4 and name.startswith(".") and parts[3] == "tmp" and parts[1].isdigit() and len(parts[2]) == 8
+        len(parts) == 4
+        and name.startswith(".")
+        and parts[3] == "tmp"
+        and parts[1].isdigit()
+        and len(parts[2]) == 8
     )
 
 
@@ -247,7 +251,7 @@ def remove_if_stray(path: str) -> bool:
 
 
 def _temporary_name(path: str) -> str:
-    # The name may be as long as the file system allows: what matters is that it is recognised, not that it is whole.
+    # The name may be as long as the file system allows, so the temporary one holds only its beginning.
     directory, name = os.path.split(path)
     return os.path.join(directory, f".{name[:180]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 

@@ -217,11 +217,12 @@ def records_bytes(
     """The manifest: one row a record, and the exact types and omissions of the payload."""
     dumps = json.JSONEncoder(separators=(",", ":")).encode
     rows = ",\n".join(
-        f'["{e.name}",{e.offset},{e.length},"{e.crc32:08x}",[{",".join(tensors.get(e.name, ()))}]]' for e in entries
+        f'["{e.name}",{e.offset},{e.length},"{e.crc32:08x}",[{",".join(tensors.get(e.name, ()))}]]'
+        for e in entries
     )
     columns = '["name","offset","length","crc32","tensors"]'
-    text = f'{{"columns":{columns},\n"records":[\n{rows}],\n"types":{dumps(types)},\n"omissions":{dumps(omissions)}}}'
-    return text.encode("ascii")
+    rest = f'"types":{dumps(types)},\n"omissions":{dumps(omissions)}'
+    return f'{{"columns":{columns},\n"records":[\n{rows}],\n{rest}}}'.encode("ascii")
 
 
 def tensor_json(path: str, dtype: str, shape: tuple[int, ...]) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.checkpoint import commit, container, payload, pickling
-from holdfast.checkpoint.container import Entry
 from holdfast.checkpoint.checksum import crc32
-from holdfast.checkpoint.tensors import CHUNK_BYTES, Plan, Record
-from holdfast.errors import ConfigError, StorageError
+from holdfast.checkpoint.container import Entry
+from holdfast.checkpoint.tensors import Plan, Record
+from holdfast.errors import ConfigError
 
 _COALESCE_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 20
@@ -71,7 +71,7 @@ class CheckpointEngine:
         read-only or shares its content with another name; that other name keeps its content.
 
         Args:
-            payload: a dict of anything; see `payload.encode` for what becomes of values that cannot be stored.
+            payload: a dict of anything; `payload.encode` says what becomes of values that cannot be stored.
             path: the final name.
             names: further names for the same content, at no further space where the file system can.
             summary: plain values that a directory listing shows: step, epoch, metrics, exact, kind.
@@ -85,7 +85,11 @@ class CheckpointEngine:
             StorageError: the disk refused; what was under the names before is still there.
             ConfigError: the summary is not plain values.
         """
-        return _save(payload, path, names, summary, on_commit)
+        with pickling.uncollected():
+            report = _save(payload, path, names, summary or {})
+        if on_commit is not None:
+            on_commit(report)
+        return report
 
     def wait(self) -> None:
         """Return when every save so far is durable; raise the error of one that failed."""
@@ -99,29 +103,24 @@ def _save(
     value: Any,
     path: str | os.PathLike[str],
     names: Sequence[str | os.PathLike[str]],
-    summary: dict[str, Any] | None,
-    on_commit: Callable[[SaveReport], None] | None,
+    summary: dict[str, Any],
 ) -> SaveReport:
     began = time.monotonic()
     final = os.path.abspath(os.fspath(path))
     encoded = payload.encode(value)
     plan = Plan(encoded.tensors)
     pickled = pickling.dumps(encoded.tree, plan)
-    about = plain_summary(summary or {})
+    about = plain_summary(summary)
     about["saved_at"] = time.time()
-    about["contents"] = [key for key in encoded.tree if isinstance(key, str)] if isinstance(value, dict) else []
+    keys = encoded.tree if isinstance(encoded.tree, dict) else {}
+    about["contents"] = [key for key in keys if isinstance(key, str)]
     with commit.replacing(final) as file:
         file.needed_bytes = len(pickled) + sum(record.length for record in plan.records)
         size = write(file.fd, pickled, plan.records, encoded, about)
-    links = []
     further = tuple(os.path.abspath(os.fspath(name)) for name in names)
-    for name in further:
-        links.append(commit.add_name(final, name))
+    links = [commit.add_name(final, name) for name in further]
     spent = time.monotonic() - began
-    report = SaveReport(final, further, size, spent, spent, encoded.omissions, tuple(links))
-    if on_commit is not None:
-        on_commit(report)
-    return report
+    return SaveReport(final, further, size, spent, spent, encoded.omissions, tuple(links))
 
 
 def plain_summary(summary: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +152,10 @@ def _plain(value: Any, where: str) -> Any:
 def write(
     fd: int, pickled: bytes, records: list[Record], encoded: payload.Encoded, about: dict[str, Any]
 ) -> int:
-    """Write the whole file from its start; return its length. Memory: a few chunks, however large the state."""
+    """Write the whole file from its start; return its length.
+
+    Memory: a few chunks, however large the state.
+    """
     writer = _Writer(fd)
     writer.add("data.pkl", pickled)
     writer.add("version", b"3\n")
@@ -161,7 +163,8 @@ def write(
     tensors: dict[str, list[str]] = {}
     for record in records:
         tensors[record.name] = [
-            container.tensor_json(span.name, str(span.tensor.dtype)[6:], span.tensor.shape) for span in record.spans
+            container.tensor_json(span.name, str(span.tensor.dtype)[6:], span.tensor.shape)
+            for span in record.spans
         ]
         writer.add_record(record)
     manifest = container.records_bytes(writer.entries, tensors, encoded.types, encoded.omissions)
@@ -215,6 +218,3 @@ class _Writer:
         self._written = commit.writev_all(self.fd, [b"".join(self._pending), chunk], self._written)
         self._pending = []
         commit.crash_point("writing")
-
-
-__all__ = ["CheckpointEngine", "SaveReport", "StorageError"]

@@ -118,14 +118,15 @@ def _path(plain: Any, spec: Spec) -> Any:
 
 
 def _user_type(plain: Any, spec: Spec) -> Any:
-    cls: Any = _allowed.get(spec.get("class", ""))
+    cls: Any = _allowed.get(str(spec.get("class")))
     if cls is None:
         return plain
     if isinstance(cls, enum.EnumMeta):
         return cls(plain)
     if dataclasses.is_dataclass(cls):
         # Without __init__, as copy and pickle do it: fields that are init=False come back too.
-        made = object.__new__(cls)
+        new: Any = object.__new__
+        made = new(cls)
         for key, value in _str_keys(plain).items():
             object.__setattr__(made, key, value)
         return made

@@ -1,7 +1,7 @@
-"""Reading checkpoints that holdfast did not write: PyTorch Lightning's, torch.save's, today's and the old format.
+"""Reading checkpoints that holdfast did not write: PyTorch Lightning's and torch.save's, old format included.
 
 Nothing that such a file names is imported or called. Tensors and plain values come back as they are; a class
-outside the allowlist becomes an inert `Opaque` object that remembers its name and what the file said about it.
+outside the allowlist becomes an inert `Opaque` object, which remembers its name and what the file said of it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from holdfast.checkpoint import container, pickling
 from holdfast.checkpoint.checksum import crc32
 from holdfast.checkpoint.foreign_types import KNOWN, Opaque, opaque_class, settle
-from holdfast.checkpoint.tensors import memory, mover
-from holdfast.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointIncompatible, CheckpointUnsafe
+from holdfast.checkpoint.tensors import memory, mover, new_storage
+from holdfast.errors import CheckpointCorrupt, CheckpointIncompatible, CheckpointIncomplete, CheckpointUnsafe
 
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -26,7 +26,7 @@ def load(name: str, fd: int, map_location: Any, skip: frozenset[str], verify: bo
     """Read a file of torch.save or PyTorch Lightning; checksums are compared where the file has them.
 
     Raises:
-        CheckpointIncomplete, CheckpointCorrupt, CheckpointIncompatible, CheckpointUnsafe: as `load.load` says.
+        CheckpointError: one of those that `load.load` names.
     """
     head = os.pread(fd, 16, 0)
     if container.is_zip(fd):
@@ -47,16 +47,15 @@ def _load_legacy(name: str, map_location: Any) -> Any:
     try:
         return torch.load(name, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[-1] if "GLOBAL" not in str(error) else _line_with(str(error), "GLOBAL")
+        lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line] or [str(error)]
         raise CheckpointUnsafe(
-            f"{short} is in torch's old format and asks for more than tensors and plain values: {reason}", path=name
+            f"{short} is in torch's old format and asks for more than tensors and plain values: {lines[0]}",
+            path=name,
         ) from error
     except Exception as error:  # torch raises whatever the damage happens to lead to
-        raise CheckpointCorrupt(f"{short} is in torch's old format and cannot be read: {error}.", path=name) from error
-
-
-def _line_with(text: str, word: str) -> str:
-    return next(line.strip() for line in text.splitlines() if word in line)
+        raise CheckpointCorrupt(
+            f"{short} is in torch's old format and cannot be read: {error}.", path=name
+        ) from error
 
 
 def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
@@ -65,7 +64,9 @@ def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
     if "constants.pkl" in archive.records:
         raise CheckpointIncompatible(f"{short} is a TorchScript program, not a checkpoint.", path=name)
     if "data.pkl" not in archive.records:
-        raise CheckpointIncomplete(f"{short} is a zip archive, but not a checkpoint: it has no data.pkl.", path=name)
+        raise CheckpointIncomplete(
+            f"{short} is a zip archive, but not a checkpoint: it has no data.pkl.", path=name
+        )
     if "byteorder" in archive.records and archive.read("byteorder") != b"little":
         raise CheckpointIncompatible(f"{short} was written on a big-endian machine.", path=name)
     pickled = archive.read("data.pkl")
@@ -83,7 +84,7 @@ def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
         unpickler = _ForeignUnpickler(pickled, storage)
         value = unpickler.load()
         return settle(value) if unpickler.has_stubs else value
-    except (CheckpointCorrupt, OSError):
+    except (CheckpointCorrupt, OSError, Warning):
         raise
     except (pickling.PickleError, RecursionError, MemoryError) as error:
         raise CheckpointUnsafe(f"{short} cannot be read: {error}.", path=name) from error
@@ -118,8 +119,8 @@ class _Archive:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
             raise CheckpointIncomplete(
-                f"{short} is not a whole checkpoint: it begins as a zip archive, but its directory cannot be read "
-                f"({error}). It may have been cut short.",
+                f"{short} is not a whole checkpoint: it begins as a zip archive, but the directory at "
+                f"its end cannot be read ({error}). It may have been cut short.",
                 path=name,
             ) from error
         self.size = os.fstat(fd).st_size
@@ -128,7 +129,9 @@ class _Archive:
         for info in infos:
             inner = info.filename.split("/", 1)[-1]
             if inner.startswith("holdfast/"):
-                raise CheckpointIncomplete(f"{short} is not a whole checkpoint: its manifest is damaged.", path=name)
+                raise CheckpointIncomplete(
+                    f"{short} is not a whole checkpoint: its manifest is damaged.", path=name
+                )
             if inner in self.records:
                 raise CheckpointCorrupt(f"{short} is corrupt: it has two records named {inner}.", path=name)
             self.records[inner] = info
@@ -144,7 +147,7 @@ class _Archive:
         if inner not in self.records:
             raise self._corrupt(f"it has no record {inner}")
         length = self._length(inner)
-        storage = torch.UntypedStorage(length)
+        storage = new_storage(length)
         self._fill(inner, memory(storage.data_ptr(), length, writable=True))
         return storage
 
@@ -152,7 +155,7 @@ class _Archive:
         info = self.records[inner]
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise CheckpointIncompatible(
-                f"{os.path.basename(self._name)} has compressed records ({inner}); a checkpoint's are stored.",
+                f"{os.path.basename(self._name)}: {inner} is compressed; a checkpoint's records are stored.",
                 path=self._name,
             )
         if info.header_offset + info.file_size > self.size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import functools
 import pathlib
 from typing import Any
 
@@ -120,26 +121,25 @@ def _reconstructed(cls: Any, *rest: Any) -> Any:
     return cls()
 
 
-_FACTORIES = {kind.__name__: Call(lambda *args, kind=kind: _copied(kind, *args)) for kind in (list, dict, tuple)} | {
-    kind.__name__: Call(kind) for kind in (int, float, str, bool)
-}
-
-
-def _copied(kind: Any, *args: Any) -> Any:
-    if len(args) > 1 or not all(type(arg) in (list, dict, tuple) for arg in args):
-        raise PickleError(f"a {kind.__name__} is made of something else than a list, a dict or a tuple")
+def _built(kind: Any, *args: Any) -> Any:
+    if len(args) > 1 or not all(type(arg) in (list, dict, tuple, int, float, str) for arg in args):
+        raise PickleError(f"a {kind.__name__} is made of something that is not a plain value")
     return kind(*args)
 
 
+_BUILTINS: tuple[type, ...] = (list, dict, tuple, int, float, str, bool)
+_FACTORIES = {kind.__name__: Call(functools.partial(_built, kind)) for kind in _BUILTINS}
+
+
 def _defaultdict(factory: Any = None, *rest: Any) -> Any:
-    for name, known in {"list": list, "dict": dict, "tuple": tuple, "int": int, "float": float, "str": str}.items():
-        if factory is _FACTORIES[name]:
-            return collections.defaultdict(known)
+    for kind in _BUILTINS:
+        if factory is _FACTORIES[kind.__name__]:
+            return collections.defaultdict(kind)
     return collections.defaultdict(None)
 
 
 def _deque(items: Any = (), maxlen: Any = None) -> Any:
-    return collections.deque(_copied(list, items), maxlen)
+    return collections.deque(_built(list, items), maxlen)
 
 
 def _path(*parts: Any) -> Any:
@@ -185,7 +185,7 @@ def _settle(value: Any, done: dict[int, Any], depth: int) -> Any:
     if depth > _MAX_DEPTH:
         raise PickleError(f"it is nested more than {_MAX_DEPTH} levels deep")
     if isinstance(value, tuple):
-        # A tuple's members come first; one that holds itself goes through a list or a dict, which come back early.
+        # Its members come first; a tuple that holds itself does so through a list or a dict.
         made = [_settle(member, done, depth + 1) for member in value]
         changed = any(new is not old for new, old in zip(made, value, strict=True))
         done[id(value)] = tuple(made) if changed and type(value) is tuple else value

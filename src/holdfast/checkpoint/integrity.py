@@ -54,14 +54,16 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(fd: int, tail: Tail) -> Manifest:
-    """Read the manifest and check that the file's length, its headers' places and its directory agree with it.
+    """Read the manifest; check that the file's length and its zip directory agree with it.
 
     Raises:
         Damage: naming what is wrong.
     """
-    where = tail.summary["records"] if isinstance(tail.summary.get("records"), dict) else {}
+    said = tail.summary.get("records")
+    where: dict[str, Any] = said if isinstance(said, dict) else {}
     offset, length, checksum = where.get("offset"), where.get("length"), where.get("crc32")
-    if type(offset) is not int or type(length) is not int or not 0 <= offset <= offset + length <= tail.directory:
+    sound = type(offset) is int and type(length) is int and min(offset, length) >= 0
+    if not sound or offset + length > tail.directory:
         raise Damage("its summary does not say where the manifest is")
     data = os.pread(fd, length, offset)
     if f"{crc32(data):08x}" != checksum:
@@ -75,10 +77,11 @@ def read_manifest(fd: int, tail: Tail) -> Manifest:
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise Damage(f"its manifest cannot be read: {error!r}") from error
     _check_rows(rows)
-    rows += [(container.RECORDS, length, crc32(data)), (container.SUMMARY, len(tail.summary_bytes), crc32(tail.summary_bytes))]
+    about = tail.summary_bytes
+    rows += [(container.RECORDS, length, crc32(data)), (container.SUMMARY, len(about), crc32(about))]
     names += [[], []]
-    offsets += [offset, tail.directory - len(tail.summary_bytes)]
-    placed = [Placed(entry, header, name) for (entry, header), name in zip(container.place(rows), names, strict=True)]
+    offsets += [offset, tail.directory - len(about)]
+    placed = [Placed(*pair, name) for pair, name in zip(container.place(rows), names, strict=True)]
     for record, said in zip(placed, offsets, strict=True):
         if record.entry.offset != said:
             raise Damage(f"{record.title} is at byte {said}, where the manifest leaves no room for it")
@@ -138,7 +141,9 @@ def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     size, end = 0, -1
     for job in jobs:
         entry = job.record.entry
-        if batch and (entry.header != end or size + entry.length > _PIECE_BYTES or len(batch) == _BATCH_RECORDS):
+        if batch and (
+            entry.header != end or size + entry.length > _PIECE_BYTES or len(batch) == _BATCH_RECORDS
+        ):
             yield batch
             batch, size = [], 0
         batch.append(job)
@@ -155,7 +160,9 @@ def _read_batch(fd: int, batch: list[Job], verify: bool) -> Iterator[tuple[int, 
         _fill(fd, [headers[0]], first.record.entry.header, first.record)
         checksums = [_read_large(fd, first)]
     else:
-        buffers = [buffer for pair in zip(headers, (job.into for job in batch), strict=True) for buffer in pair]
+        buffers = [
+            buffer for pair in zip(headers, (job.into for job in batch), strict=True) for buffer in pair
+        ]
         _fill(fd, buffers, first.record.entry.header, first.record)
         checksums = [crc32(job.into) for job in batch]
     for job, header, checksum in zip(batch, headers, checksums, strict=True):

@@ -11,11 +11,11 @@ import torch
 
 from holdfast.checkpoint import catalog, commit, container, foreign, integrity, payload, pickling
 from holdfast.checkpoint.integrity import Damage, Job, Manifest
-from holdfast.checkpoint.tensors import memory, mover
+from holdfast.checkpoint.tensors import memory, mover, new_storage
 from holdfast.errors import (
     CheckpointCorrupt,
-    CheckpointIncomplete,
     CheckpointIncompatible,
+    CheckpointIncomplete,
     CheckpointNotFound,
     CheckpointUnsafe,
 )
@@ -30,9 +30,9 @@ def load(
 ) -> Any:
     """Read a checkpoint: the payload, equal to what was saved, each byte of it checked first.
 
-    Tensors own their memory: nothing refers to the file afterwards. Opening a checkpoint runs no code that the
-    file names. Checkpoints of torch.save and PyTorch Lightning are read too: their unknown classes become
-    inert `foreign.Opaque` objects.
+    Tensors own their memory: nothing refers to the file afterwards. Opening a checkpoint runs no code that
+    the file names. Checkpoints of torch.save and PyTorch Lightning are read too: their unknown classes
+    become inert `foreign.Opaque` objects.
 
     Args:
         path: the file.
@@ -50,13 +50,15 @@ def load(
     """
     name = os.fspath(path)
     try:
-        with _open(name) as file:
+        with _open(name) as file, pickling.uncollected():
             tail = _own_tail(name, file.fileno())
             if tail is None:
                 return foreign.load(name, file.fileno(), map_location, frozenset(skip), verify)
             return _load_own(name, file.fileno(), tail, map_location, frozenset(skip), verify)
     except Damage as damage:
-        raise CheckpointCorrupt(f"{os.path.basename(name)} is corrupt: {damage}.{newest(name)}", path=name) from None
+        raise CheckpointCorrupt(
+            f"{os.path.basename(name)} is corrupt: {damage}.{newest(name)}", path=name
+        ) from None
     except pickling.UnsafeGlobal as unsafe:
         raise CheckpointUnsafe(
             f"{os.path.basename(name)} asks for {unsafe.name}, which opening a checkpoint never gives. "
@@ -94,10 +96,13 @@ def _open(name: str) -> Any:
             hint = f"There is no directory {directory} either."
         else:
             there = sorted(entry for entry in os.listdir(directory) if not entry.startswith("."))
-            near = difflib.get_close_matches(wanted, there, n=3, cutoff=0.3) or [
-                entry for entry in there if entry.endswith(catalog.SUFFIX)
-            ][:3]
-            hint = f"The nearest names there: {', '.join(near)}." if near else "That directory has no checkpoints."
+            near = (
+                difflib.get_close_matches(wanted, there, n=3, cutoff=0.3)
+                or [entry for entry in there if entry.endswith(catalog.SUFFIX)][:3]
+            )
+            hint = "That directory has no checkpoints."
+            if near:
+                hint = f"The nearest names there: {', '.join(near)}."
         raise CheckpointNotFound(f"There is no checkpoint {name}. {hint}", path=name) from None
 
 
@@ -116,14 +121,15 @@ def _own_tail(name: str, fd: int) -> container.Tail | None:
     except container.NotWhole as problem:
         if problem.ours or container.has_mark(fd):
             raise CheckpointIncomplete(
-                f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.{newest(name)}", path=name
+                f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.{newest(name)}",
+                path=name,
             ) from None
         return None
     version = tail.summary["format"]
     if version > container.FORMAT:
         raise CheckpointIncompatible(
-            f"{os.path.basename(name)} has format {version}; this holdfast reads formats up to {container.FORMAT}. "
-            "Update holdfast to read it.",
+            f"{os.path.basename(name)} has format {version}; this holdfast reads formats up to "
+            f"{container.FORMAT}. Update holdfast to read it.",
             path=name,
         )
     return tail
@@ -151,7 +157,7 @@ def _load_own(
         pickling.scan(pickled)
         tree = pickling.SafeUnpickler(pickled, storage).load()
         value = payload.decode(tree, manifest.types)
-    except (pickling.UnsafeGlobal, OSError):
+    except (pickling.UnsafeGlobal, OSError, Warning):
         raise
     except Exception as error:
         # Its checksum is right, so this was written by something that is not holdfast, or to do harm.
@@ -176,9 +182,9 @@ def _read(
                 pickled = buffer
             jobs.append(Job(record, memoryview(buffer)))
         elif skip and record.tensors and all(tensor.split("/", 1)[0] in skip for tensor in record.tensors):
-            storages[entry.name] = torch.UntypedStorage(entry.length, device="meta")
+            storages[entry.name] = new_storage(entry.length, "meta")
         else:
-            storage = torch.UntypedStorage(entry.length)
+            storage = new_storage(entry.length)
             storages[entry.name] = storage
             jobs.append(Job(record, memory(storage.data_ptr(), entry.length, writable=True)))
     integrity.read_records(fd, jobs, verify=verify)

@@ -26,16 +26,21 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
         CheckpointIncompatible: it is not a dict with a ``state_dict``, or a newer holdfast wrote it.
     """
     if not isinstance(payload, Mapping):
-        raise CheckpointIncompatible(f"{source} holds a {type(payload).__name__}, expected a dict with 'state_dict'.")
+        raise CheckpointIncompatible(
+            f"{source} holds a {type(payload).__name__}, expected a dict with 'state_dict'."
+        )
     upgraded = dict(payload)
     if "state_dict" not in upgraded:
         found = sorted(map(str, upgraded))[:8]
-        raise CheckpointIncompatible(f"{source} has no 'state_dict'; its keys are {found}. Is it a checkpoint of a model?")
+        raise CheckpointIncompatible(
+            f"{source} has no 'state_dict'; its keys are {found}. Is it a checkpoint of a model?"
+        )
     run = upgraded.get("holdfast")
     if isinstance(run, Mapping):
         if run.get("format_version", 0) > FORMAT_VERSION:
             raise CheckpointIncompatible(
-                f"{source} has format version {run['format_version']}; this holdfast reads up to {FORMAT_VERSION}. "
+                f"{source} has format version {run['format_version']}; this holdfast reads up to "
+                f"{FORMAT_VERSION}. "
                 "Upgrade holdfast."
             )
         return upgraded
@@ -87,7 +92,7 @@ def _lacks_position(payload: dict[str, Any]) -> bool:
 
 
 def _position_from_counters(payload: dict[str, Any]) -> None:
-    """Older files, and those of plain torch, know the epoch and the step at most: the epoch counts as ended."""
+    """Older files and plain torch's know epoch and step at most; the epoch counts as ended."""
     payload["holdfast"] = {
         "format_version": FORMAT_VERSION,
         "kind": "full" if "optimizer_states" in payload else "weights",

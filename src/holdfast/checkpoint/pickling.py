@@ -7,16 +7,18 @@ globals that a file of plain values and tensors needs to functions that do one t
 from __future__ import annotations
 
 import collections
+import contextlib
+import gc
 import io
 import pickle
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from holdfast.checkpoint.tensors import Plan, StorageRef
+from holdfast.checkpoint.tensors import LAYOUTS, Plan, StorageRef
 
 
 class _Pickler(pickle.Pickler):
@@ -43,6 +45,21 @@ def dumps(tree: Any, plan: Plan) -> bytes:
     buffer = io.BytesIO()
     _Pickler(buffer, plan).dump(tree)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python's cyclic collector out while many containers are made, none of which can be garbage yet.
+
+    Each of its passes walks all of them: at 100,000 tensors that doubles the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class PickleError(Exception):
@@ -130,9 +147,13 @@ def scan(data: bytes) -> None:
 
 
 class Call:
-    """A function that a pickle may call, and do nothing else with: BUILD could set a plain function's defaults."""
+    """A function that a pickle may call, and do nothing else with.
+
+    A plain function would not do: the BUILD opcode can set its defaults.
+    """
 
     __slots__ = ("_function",)
+    _function: Callable[..., Any]
 
     def __init__(self, function: Callable[..., Any]) -> None:
         object.__setattr__(self, "_function", function)
@@ -197,12 +218,14 @@ class SafeUnpickler(pickle.Unpickler):
             raise PickleError(f"{str(pid)[:80]!r} does not refer to a storage")
         storage = self._storage(key, location)
         if numel < 0 or numel * kind.dtype.itemsize > storage.nbytes():
-            raise PickleError(f"data/{key} has {storage.nbytes()} bytes, not {numel} elements of {kind.dtype}")
+            raise PickleError(
+                f"data/{key} has {storage.nbytes()} bytes, which are not {numel} elements of {kind.dtype}"
+            )
         return _Storage(storage, kind.dtype)
 
 
 def _check_bounds(storage: Any, dtype: torch.dtype, offset: int, size: Any, stride: Any) -> None:
-    """torch grows a storage that is too small for a tensor; here that is an error."""
+    """Refuse a tensor that reaches beyond its record: torch would grow the record instead."""
     if type(storage) is not _Storage or type(size) is not tuple or type(stride) is not tuple:
         raise PickleError("a tensor is put together from something that is not a storage")
     reach = offset
@@ -217,7 +240,14 @@ def _check_bounds(storage: Any, dtype: torch.dtype, offset: int, size: Any, stri
 
 
 def _rebuild(
-    storage: Any, offset: int, size: Any, stride: Any, grad: bool, hooks: Any, dtype: Any, metadata: Any = None
+    storage: Any,
+    offset: int,
+    size: Any,
+    stride: Any,
+    grad: bool,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
 ) -> torch.Tensor:
     if type(dtype) is not torch.dtype:
         raise PickleError(f"{dtype!r} is not a dtype")
@@ -231,7 +261,13 @@ def _rebuild(
 
 
 def _rebuild_v2(
-    storage: Any, offset: int, size: Any, stride: Any, grad: bool = False, hooks: Any = None, metadata: Any = None
+    storage: Any,
+    offset: int,
+    size: Any,
+    stride: Any,
+    grad: bool = False,
+    hooks: Any = None,
+    metadata: Any = None,
 ) -> torch.Tensor:
     dtype = storage.dtype if type(storage) is _Storage else None
     return _rebuild(storage, offset, size, stride, grad, hooks, dtype, metadata)
@@ -262,7 +298,8 @@ def _rebuild_quantised(
         tensor = torch._empty_per_channel_affine_quantized(
             size, scales=scales, zero_points=zeros, axis=axis, dtype=dtype
         )
-    typed = torch.storage.TypedStorage(wrap_storage=storage.untyped, dtype=dtype, _internal=True)
+    make: Any = torch.storage.TypedStorage
+    typed = make(wrap_storage=storage.untyped, dtype=dtype, _internal=True)
     return tensor.set_(typed, offset, size, stride)
 
 
@@ -273,8 +310,8 @@ def _rebuild_sparse(layout: torch.layout, parts: Any) -> torch.Tensor:
         indices, values, size, *rest = parts
         coalesced = rest[0] if rest else None
         return torch.sparse_coo_tensor(indices, values, size, is_coalesced=coalesced, check_invariants=True)
-    compressed, plain, values, size = parts
-    return torch.sparse_compressed_tensor(compressed, plain, values, size, layout=layout, check_invariants=True)
+    rows, columns, values, size = parts
+    return torch.sparse_compressed_tensor(rows, columns, values, size, layout=layout, check_invariants=True)
 
 
 def _rebuild_meta(dtype: torch.dtype, size: Any, stride: Any, grad: bool) -> torch.Tensor:
@@ -288,7 +325,7 @@ def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
 
 
 def _layout(name: str) -> torch.layout:
-    for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+    for layout in LAYOUTS:
         if str(layout) == name:
             return layout
     raise PickleError(f"{name!r} is not a layout")
@@ -319,7 +356,7 @@ def _globals() -> dict[tuple[str, str], Any]:
         ("torch.serialization", "_get_layout"): Call(_layout),
         ("torch._tensor", "_rebuild_from_type_v2"): Call(_rebuild_from_type),
     }
-    for name, function in {
+    rebuilders: dict[str, Callable[..., Any]] = {
         "_rebuild_tensor": _rebuild_v2,
         "_rebuild_tensor_v2": _rebuild_v2,
         "_rebuild_tensor_v3": _rebuild,
@@ -328,15 +365,17 @@ def _globals() -> dict[tuple[str, str], Any]:
         "_rebuild_qtensor": _rebuild_quantised,
         "_rebuild_sparse_tensor": _rebuild_sparse,
         "_rebuild_meta_tensor_no_storage": _rebuild_meta,
-    }.items():
+    }
+    for name, function in rebuilders.items():
         table["torch._utils", name] = Call(function)
-    for name, builtin in {
+    collections_by_name: dict[str, Callable[..., Any]] = {
         "set": lambda *args: set(*_given(args)),
         "frozenset": lambda *args: frozenset(*_given(args)),
         "bytearray": lambda *args: bytearray(*_given(args)),
         "bytes": lambda *args: bytes(*_given(args)),
         "complex": complex,
-    }.items():
+    }
+    for name, builtin in collections_by_name.items():
         table["builtins", name] = table["__builtin__", name] = Call(builtin)
     for dtype in (value for value in vars(torch).values() if isinstance(value, torch.dtype)):
         table["torch", str(dtype).removeprefix("torch.")] = dtype

@@ -116,17 +116,17 @@ def rebuild(
     return tuple(one for one in everyone if one in stay)
 
 
-def left_behind(found: Iterable[Found], *, run: str, step: int, keep: Collection[str]) -> list[str]:
-    """Name the files of this run's earlier lives that the run, durable at ``step``, has no use for.
+def left_behind(found: Iterable[Found], *, run: str, before_step: int, keep: Collection[str]) -> list[str]:
+    """Name the files of this run's earlier lives, of steps before ``before_step``, that it has no use for.
 
     They are those that a kill kept from being deleted, and those of a future that the run has by now
-    caught up with and named otherwise. What lies beyond ``step`` is left alone: until the run has got
-    there itself it may be the newest state there is.
+    caught up with and named otherwise. What lies beyond is left alone: until the run has got there itself
+    it may be the newest state there is.
 
     Args:
         found: What the directory held when the run went on.
         run: The id of the run; files of other runs, or of nobody, are never named.
-        step: The step of the save that is now durable.
+        before_step: The run has durable state of this step's predecessor or later.
         keep: Paths that are in use.
     """
-    return [one.path for one in found if one.run == run and one.step <= step and one.path not in keep]
+    return [one.path for one in found if one.run == run and one.step < before_step and one.path not in keep]

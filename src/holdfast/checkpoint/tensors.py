@@ -1,4 +1,4 @@
-"""Which bytes of which storages go into the file, so that shared memory is stored once and unused memory never."""
+"""Which bytes of which storages go into the file: shared memory once, unused memory never."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = 16 << 20
+
+LAYOUTS = (
+    torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc,
+)  # fmt: skip
 
 _memory_view = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
@@ -55,7 +59,9 @@ class Record:
         self.start = start
         self.length = length
         self.dense = dense
-        self.location = "cpu" if spans[0].tensor.is_cpu else str(torch.serialization.location_tag(self.storage))
+        self.location = "cpu"
+        if not spans[0].tensor.is_cpu:
+            self.location = str(torch.serialization.location_tag(self.storage))
 
     @property
     def name(self) -> str:
@@ -120,9 +126,9 @@ class Span:
         if numel == 0:
             return
         size = tensor.itemsize
-        self.low = tensor.storage_offset() * size
+        self.low = int(tensor.storage_offset()) * size
         if not self.dense:
-            numel = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, self.stride, strict=True))
+            numel = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, self.stride, strict=True))
         self.high = self.low + numel * size
         if self.high > self.storage.nbytes():
             raise ValueError("its memory has been freed, or was never allocated")
@@ -132,8 +138,9 @@ class Span:
         return self.tensor.numel() * self.tensor.itemsize
 
     def same_as(self, other: Span) -> bool:
+        """Whether the other tensor is a view of the very same elements."""
         a, b = self.tensor, other.tensor
-        return self.low == other.low and a.shape == b.shape and self.stride == other.stride and a.dtype == b.dtype
+        return (self.low, a.shape, self.stride, a.dtype) == (other.low, b.shape, other.stride, b.dtype)
 
 
 class Plan:
@@ -164,8 +171,9 @@ class Plan:
         if span is None or span.record is None:
             # Sparse tensors are made of tensors; a meta tensor is torch's own business: it has no bytes.
             return self._composed.get(id(tensor), NotImplemented)
-        record, kind, last = span.record, span.kind, ()
-        numel, rebuild = record.length, torch._utils._rebuild_tensor_v2
+        record, kind, numel = span.record, span.kind, span.record.length
+        last: tuple[Any, ...] = ()
+        rebuild: Callable[..., Any] = torch._utils._rebuild_tensor_v2
         if kind is None:
             kind, rebuild, last = torch.UntypedStorage, torch._utils._rebuild_tensor_v3, (tensor.dtype,)
         else:
@@ -257,9 +265,16 @@ def _dense_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def mover(map_location: Any) -> Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None:
-    """What puts a loaded storage where ``map_location`` says, as `torch.load` takes it; None to leave it be."""
-    if map_location is not None and isinstance(map_location, (str, torch.device)):
-        if torch.device(map_location) == torch.device("cpu"):
-            return None
-    restore: Callable[..., torch.UntypedStorage] = torch.serialization._get_restore_location(map_location)
+    """What puts a loaded storage where ``map_location`` says (as in `torch.load`); None leaves it be."""
+    if isinstance(map_location, (str, torch.device)) and torch.device(map_location) == torch.device("cpu"):
+        return None
+    get_restore: Any = torch.serialization._get_restore_location
+    restore: Callable[[torch.UntypedStorage, str], torch.UntypedStorage] = get_restore(map_location)
     return restore
+
+
+def new_storage(length: int, device: str = "cpu") -> torch.UntypedStorage:
+    """Memory of its own for one record; its content is whatever was there before."""
+    make: Any = torch.UntypedStorage
+    storage: torch.UntypedStorage = make(length, device=device)
+    return storage

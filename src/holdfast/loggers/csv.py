@@ -108,7 +108,7 @@ class ExperimentWriter:
                 "The missing ones were lost before the resume."
             )
         # Columns that only the cut rows used go with them.
-        self.metrics_keys = sorted({name for row in rows for name, value in row.items() if value != ""})
+        self.metrics_keys = sorted(set().union(*rows))
         self.rows_written = len(rows)
         _replace(path, _csv_text(self.metrics_keys, rows, header=True))
 
@@ -283,7 +283,8 @@ def _read_rows(path: str) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         text = file.read()
     whole = text[: text.rfind("\n") + 1]
-    return [row for row in csv.DictReader(io.StringIO(whole, newline="")) if None not in row.values()]
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    return [{name: value for name, value in row.items() if value} for row in reader]
 
 
 def _append(path: str, text: str) -> None:

@@ -62,7 +62,9 @@ def choose_device(accelerator: str, devices: int | str | list[int]) -> torch.dev
     """
     known = ("auto", "cpu", "gpu", "cuda", "mps")
     if accelerator not in known:
-        raise ConfigError(f"Trainer(accelerator={accelerator!r}): expected one of {', '.join(map(repr, known))}.")
+        raise ConfigError(
+            f"Trainer(accelerator={accelerator!r}): expected one of {', '.join(map(repr, known))}."
+        )
     index = 0
     if isinstance(devices, list) and len(devices) == 1:
         index = devices[0]
@@ -73,7 +75,9 @@ def choose_device(accelerator: str, devices: int | str | list[int]) -> torch.dev
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         if accelerator == "gpu" and torch.backends.mps.is_available():
             return torch.device("mps")
-        raise ConfigError(f"Trainer(accelerator={accelerator!r}): torch sees no GPU here. Use accelerator='auto'.")
+        raise ConfigError(
+            f"Trainer(accelerator={accelerator!r}): torch sees no GPU here. Use accelerator='auto'."
+        )
     if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", index)
     if accelerator == "mps":

@@ -21,7 +21,8 @@ _NOT_TAKEN = {
     "use_distributed_sampler": "It has a meaning with several processes only, and there is one so far.",
     "overfit_batches": "Use limit_train_batches=.",
     "max_time": "Use max_steps= or max_epochs=.",
-    "barebones": "Use logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False.",
+    "barebones": "Use logger=False, enable_checkpointing=False, enable_progress_bar=False, "
+    "enable_model_summary=False.",
     "reload_dataloaders_every_n_epochs": "Use a dataset that changes with its sampler's set_epoch.",
     "model_registry": "",
 }
@@ -50,9 +51,13 @@ def check_limit(name: str, value: int | float | None) -> int | float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        raise ConfigError(f"Trainer({name}={value!r}): expected a number of batches, or a fraction between 0.0 and 1.0.")
+        raise ConfigError(
+            f"Trainer({name}={value!r}): expected a number of batches, or a fraction between 0.0 and 1.0."
+        )
     if isinstance(value, float) and value > 1.0:
-        raise ConfigError(f"Trainer({name}={value!r}): a fraction is at most 1.0; for a number of batches give an int.")
+        raise ConfigError(
+            f"Trainer({name}={value!r}): a fraction is at most 1.0; for a number of batches give an int."
+        )
     return value
 
 
@@ -79,18 +84,25 @@ def make_loggers(logger: Any, default_root_dir: str, fast_dev_run: int) -> list[
 
 
 def make_callbacks(
-    given: Any, *, checkpointing: bool | None, progress_bar: bool | None, summary: bool | None, fast_dev_run: int
+    given: Any,
+    *,
+    checkpointing: bool | None,
+    progress_bar: bool | None,
+    summary: bool | None,
+    fast_dev_run: int,
 ) -> list[Callback]:
     """The user's callbacks and the defaults that they do not replace; those that save come last.
 
     Raises:
-        ConfigError: something is not a callback, two have one state key, or one contradicts an ``enable_`` argument.
+        ConfigError: something is not a callback, two have one state key, or one contradicts an ``enable_``
+            argument.
     """
     callbacks: list[Callback] = [given] if isinstance(given, Callback) else list(given or [])
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigError(
-                f"Trainer(callbacks=[...]): expected holdfast.Callback objects, found {type(callback).__name__}."
+                f"Trainer(callbacks=[...]): expected holdfast.Callback objects, found "
+                f"{type(callback).__name__}."
             )
     from holdfast.callbacks.model_summary import ModelSummary
     from holdfast.callbacks.progress_bar import ProgressBar
@@ -98,7 +110,8 @@ def make_callbacks(
     has_checkpoint = any(isinstance(c, Checkpoint) for c in callbacks)
     if checkpointing is False and has_checkpoint:
         raise ConfigError(
-            "Trainer(enable_checkpointing=False) contradicts the checkpoint callback among callbacks=. Leave one out."
+            "Trainer(enable_checkpointing=False) contradicts the checkpoint callback among callbacks=. "
+            "Leave one out."
         )
     if checkpointing is not False and not has_checkpoint:
         from holdfast.callbacks.model_checkpoint import ModelCheckpoint
@@ -129,7 +142,8 @@ def ordered(callbacks: list[Callback]) -> list[Callback]:
         other = keys.setdefault(callback.state_key, callback)
         if other is not callback and type(callback).state_dict is not Callback.state_dict:
             raise ConfigError(
-                f"Two callbacks have the state key {callback.state_key!r}, so a checkpoint could hold the state of one "
+                f"Two callbacks have the state key {callback.state_key!r}, so a checkpoint could hold the "
+                f"state of one "
                 "only. Give them different arguments, or override the property state_key."
             )
     return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))

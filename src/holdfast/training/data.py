@@ -54,6 +54,10 @@ class _SeededSampler:
     def __iter__(self) -> Iterator[Any]:
         inner = iter(self._inner)
         stream = self._stream
+        # DataLoader draws one number from the run's generator here: when its iterator is made, so not in later
+        # epochs of persistent workers, which a run that resumes there could not follow. The copy draws its
+        # own from elsewhere; this one keeps the order of rows that torch gives for the same seed.
+        torch.empty((), dtype=torch.int64).random_(generator=stream.loader.generator)
         if stream.position:
             end = object()
             for _ in range(stream.position):
@@ -69,8 +73,8 @@ class _SeededSampler:
             yield _SeededIndices(rng.mix(base, batch), indices)
 
     def _isolated(self, inner: Iterator[Any]) -> Iterator[Any]:
-        # The sampler draws from the run's own generators; the fetch that follows a yield, in this process, must
-        # not. `BatchStream` leaves the isolation when the batch is there.
+        # The sampler draws from the run's own generators; the fetch that follows a yield, in this process,
+        # must not. `BatchStream` leaves the isolation when the batch is there.
         base, enter = self._stream.seed_base, self._stream.isolation.enter
         for batch, indices in enumerate(inner, self._stream.position):
             enter(rng.mix(base, batch))
@@ -123,6 +127,7 @@ class BatchStream:
         # shallow copy that has not been iterated yet there is none.
         seeded.__dict__[name] = _SeededSampler(getattr(loader, name), self)
         seeded.__dict__["_iterator"] = None
+        seeded.__dict__["generator"] = torch.Generator().manual_seed(0)
         return seeded
 
     def length(self) -> int | None:
@@ -141,7 +146,7 @@ class BatchStream:
         if isinstance(generator, torch.Generator):
             state["loader_generator"] = generator.get_state()
         for name in ("sampler", "batch_sampler"):
-            sampler = getattr(self.loader, name, None)
+            sampler: Any = getattr(self.loader, name, None)
             own = getattr(sampler, "generator", None)
             if isinstance(own, torch.Generator) and own is not generator:
                 state[f"{name}_generator"] = own.get_state()
@@ -151,11 +156,15 @@ class BatchStream:
 
     def restore_begin(self, state: dict[str, Any]) -> None:
         """Put the loader's own generators and samplers back (the global ones are the caller's)."""
-        if "loader_generator" in state and isinstance(getattr(self.loader, "generator", None), torch.Generator):
+        if "loader_generator" in state and isinstance(
+            getattr(self.loader, "generator", None), torch.Generator
+        ):
             self.loader.generator.set_state(state["loader_generator"])
         for name in ("sampler", "batch_sampler"):
-            sampler = getattr(self.loader, name, None)
-            if f"{name}_generator" in state and isinstance(getattr(sampler, "generator", None), torch.Generator):
+            sampler: Any = getattr(self.loader, name, None)
+            if f"{name}_generator" in state and isinstance(
+                getattr(sampler, "generator", None), torch.Generator
+            ):
                 sampler.generator.set_state(state[f"{name}_generator"])
             if name in state and hasattr(sampler, "load_state_dict"):
                 sampler.load_state_dict(state[name])
@@ -180,7 +189,9 @@ class BatchStream:
         self._begin = self.begin_state()
         return self._batches(0)
 
-    def resume(self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool) -> Iterator[Any]:
+    def resume(
+        self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool
+    ) -> Iterator[Any]:
         """Return the batches of an epoch that was under way, from ``position`` on.
 
         The global generators are left as they were when the epoch began; restoring them to where the run was
@@ -215,11 +226,12 @@ class BatchStream:
     def _seed(self, epoch: int) -> None:
         self.seed_base = rng.derive(*self._seed_parts, epoch)
         batch_sampler = getattr(self.loader, "batch_sampler", None)
-        for sampler in (
+        samplers: tuple[Any, ...] = (
             getattr(self.loader, "sampler", None),
             batch_sampler,
             getattr(batch_sampler, "sampler", None),
-        ):
+        )
+        for sampler in samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 
@@ -243,7 +255,9 @@ class BatchStream:
             yield batch
 
     def _replayed(self, skip: int) -> Iterator[Any]:
-        """An iterable's batches after the first ``skip``; its draws in this process are isolated batch by batch."""
+        """An iterable's batches after the first ``skip``; its draws in this process are isolated batch by "
+        "batch.
+        """
         base, isolation = self.seed_base, self.isolation
         batches = iter(self._iterable)
         index = 0
@@ -283,7 +297,9 @@ def _is_loader(item: Any) -> bool:
 
 
 def batch_size_of(batch: Any) -> int:
-    """Rows in a batch: the first dimension of the first tensor found in it (1 for a scalar; 1 if none is found)."""
+    """Rows in a batch: the first dimension of the first tensor found in it (1 for a scalar; 1 if none is "
+    "found).
+    """
     if isinstance(batch, torch.Tensor):
         return batch.size(0) if batch.ndim else 1
     if isinstance(batch, (str, bytes)):
@@ -299,7 +315,9 @@ def batch_size_of(batch: Any) -> int:
 
 
 def move_to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it (and anything with ``.to``) on ``device``; containers keep their type."""
+    """The batch with every tensor in it (and anything with ``.to``) on ``device``; containers keep their "
+    "type.
+    """
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=device.type != "cpu")
     if isinstance(batch, dict):

@@ -88,7 +88,7 @@ class LightningDataModule(DataHooks, CheckpointHooks, HyperparametersMixin):
 
     @class_only_method
     def load_from_checkpoint(
-        cls: type[Self],
+        cls,
         checkpoint_path: str | os.PathLike[str],
         map_location: Any = None,
         hparams_file: str | os.PathLike[str] | None = None,

@@ -41,11 +41,14 @@ def count_batches(length: int | None, limit: int | float, argument: str) -> int 
     if length is None:
         if limit == 1.0:
             return float("inf")
-        raise ConfigError(f"Trainer({argument}={limit}): the data has no length to take a fraction of. Give a number.")
+        raise ConfigError(
+            f"Trainer({argument}={limit}): the data has no length to take a fraction of. Give a number."
+        )
     count = int(length * limit)
     if count == 0 and length > 0:
         raise ConfigError(
-            f"Trainer({argument}={limit}) leaves 0 of {length} batches. The least that keeps one is {1 / length:.3g}."
+            f"Trainer({argument}={limit}) leaves 0 of {length} batches. "
+            f"The least that keeps one is {1 / length:.3g}."
         )
     return count
 
@@ -72,7 +75,9 @@ class EvaluationLoop:
         limit: The trainer's limit for this stage, and the argument's name for messages.
     """
 
-    def __init__(self, trainer: Trainer, stage: RunningStage, loaders: Any, limit: tuple[int | float, str]) -> None:
+    def __init__(
+        self, trainer: Trainer, stage: RunningStage, loaders: Any, limit: tuple[int | float, str]
+    ) -> None:
         self.trainer = trainer
         self.stage = stage
         self.prefix, self.step_name = _NAMES[stage]
@@ -177,7 +182,9 @@ class EvaluationLoop:
             progress.validation_batches += 1
 
     def _per_loader(self, results: Results) -> list[dict[str, float]]:
-        """The epoch's metrics as numbers, one dict per loader; metrics of no loader in particular are in each."""
+        """The epoch's metrics as numbers, one dict per loader; metrics of no loader in particular are in "
+        "each.
+        """
         metrics = {name: value.item() for name, value in results.callback_metrics().items()}
         many = len(self.streams) > 1
         per_loader: list[dict[str, float]] = [{} for _ in self.streams] or [{}]

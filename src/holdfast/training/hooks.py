@@ -47,11 +47,17 @@ class ModuleHooks:
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_validation_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None: ...
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None: ...
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None: ...
 
     def on_before_zero_grad(self, optimizer: Optimizer) -> None: ...
     def on_before_backward(self, loss: Tensor) -> None: ...
@@ -135,7 +141,9 @@ class CheckpointHooks:
 
 
 def is_overridden(name: str, owner: Any) -> bool:
-    """True if ``owner``'s class or the object itself defines the hook rather than inheriting holdfast's no-op."""
+    """True if ``owner``'s class or the object itself defines the hook rather than inheriting holdfast's "
+    "no-op.
+    """
     if owner is None:
         return False
     if name in vars(owner):
@@ -164,7 +172,11 @@ def bind(trainer: Trainer, name: str, *, only: str = "") -> tuple[Callable[..., 
             for callback in trainer.callbacks
             if callback.uses_hook(name)
         ]
-    if only != "callbacks" and hasattr(module, name) and (is_overridden(name, module) or name.endswith("_model_eval")):
+    if (
+        only != "callbacks"
+        and hasattr(module, name)
+        and (is_overridden(name, module) or name.endswith("_model_eval"))
+    ):
         bound.append(getattr(module, name))
     return tuple(bound)
 

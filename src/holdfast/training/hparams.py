@@ -1,4 +1,6 @@
-"""Hyperparameters: what ``__init__`` was called with, kept so that a checkpoint can build the module again."""
+"""Hyperparameters: what ``__init__`` was called with, kept so that a checkpoint can build the module "
+"again.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,19 @@ def collect_init_arguments(owner: object, frame: FrameType | None) -> dict[str, 
     ``frame`` is the one that asks. Wrappers between the ``__init__`` calls are passed over.
     """
     if dataclasses.is_dataclass(owner):
-        return {f.name: getattr(owner, f.name) for f in dataclasses.fields(owner) if f.init and hasattr(owner, f.name)}
+        return {
+            f.name: getattr(owner, f.name)
+            for f in dataclasses.fields(owner)
+            if f.init and hasattr(owner, f.name)
+        }
     values: dict[str, Any] = {}
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is owner:
+        if (
+            code.co_name == "__init__"
+            and code.co_argcount
+            and frame.f_locals.get(code.co_varnames[0]) is owner
+        ):
             # Frames are walked from the innermost, the parent's, outwards: the child comes later and wins.
             values.update(_arguments_of(frame))
         frame = frame.f_back
@@ -80,7 +90,11 @@ class HyperparametersMixin:
         self._log_hyperparams = False
 
     def save_hyperparameters(
-        self, *args: Any, ignore: str | Iterable[str] | None = None, frame: FrameType | None = None, logger: bool = True
+        self,
+        *args: Any,
+        ignore: str | Iterable[str] | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
     ) -> None:
         """Keep the arguments of ``__init__`` in ``self.hparams``, in every checkpoint and in the logger.
 
@@ -105,13 +119,16 @@ class HyperparametersMixin:
             whole = as_mapping(args[0])
             if whole is None:
                 raise ConfigError(
-                    "save_hyperparameters(x): expected names of arguments, or one Namespace, dict or dataclass, "
+                    "save_hyperparameters(x): expected names of arguments, or one Namespace, dict or "
+                    "dataclass, "
                     f"found {type(args[0]).__name__}."
                 )
             name = next((key for key, value in found.items() if value is args[0]), "kwargs")
             values = {key: value for key, value in whole.items() if key not in left_out}
         elif args:
-            wrong = [arg for arg in args if not isinstance(arg, str) or (arg not in found and arg not in left_out)]
+            wrong = [
+                arg for arg in args if not isinstance(arg, str) or (arg not in found and arg not in left_out)
+            ]
             if wrong:
                 raise ConfigError(
                     f"save_hyperparameters({', '.join(map(repr, args))}): {wrong[0]!r} is not an argument of "
@@ -125,7 +142,9 @@ class HyperparametersMixin:
         self._hparams = AttributeDict(values)
         try:
             self._hparams_initial = copy.deepcopy(self._hparams)
-        except Exception:  # an argument that cannot be copied, such as an open file, is still a hyperparameter
+        except (
+            Exception
+        ):  # an argument that cannot be copied, such as an open file, is still a hyperparameter
             self._hparams_initial = AttributeDict(values)
 
     @property
@@ -141,8 +160,10 @@ class HyperparametersMixin:
         return copy.deepcopy(self._hparams_initial) if hasattr(self, "_hparams_initial") else AttributeDict()
 
 
-def instantiate(cls: type[Any], saved: Mapping[str, Any], name: str | None, overrides: Mapping[str, Any]) -> Any:
-    """Build ``cls`` from saved hyperparameters; ``overrides`` win, and what ``__init__`` does not take is dropped.
+def instantiate(
+    cls: type[Any], saved: Mapping[str, Any], name: str | None, overrides: Mapping[str, Any]
+) -> Any:
+    """Build ``cls`` from saved hyperparameters and overrides, less what ``__init__`` does not take.
 
     Args:
         cls: The class to build.
@@ -170,12 +191,16 @@ def instantiate(cls: type[Any], saved: Mapping[str, Any], name: str | None, over
     missing = [
         p.name
         for i, p in enumerate(parameters.values())
-        if i > 0 and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in values
+        if i > 0
+        and p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in values
     ]
     if missing:
         raise CheckpointIncompatible(
             f"{cls.__name__}.load_from_checkpoint: __init__ needs {', '.join(map(repr, missing))}, which the "
-            f"checkpoint's hyperparameters {sorted(map(str, saved))} do not hold. Give it as a keyword argument, or call "
+            f"checkpoint's hyperparameters {sorted(map(str, saved))} do not hold. Give it as a keyword "
+            f"argument, or call "
             "self.save_hyperparameters() in __init__ before training."
         )
     return cls(**values)

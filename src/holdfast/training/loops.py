@@ -60,8 +60,12 @@ class FitLoop:
         if self.stream is None:
             trainer = self.trainer
             loader = self._load_train()
-            self.stream = BatchStream(loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank)
-            self.batches = count_batches(self.stream.length(), trainer.limit_train_batches, "limit_train_batches")
+            self.stream = BatchStream(
+                loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank
+            )
+            self.batches = count_batches(
+                self.stream.length(), trainer.limit_train_batches, "limit_train_batches"
+            )
             self._val_check = self._validation_interval()
 
     def _validation_interval(self) -> int | float:
@@ -70,7 +74,8 @@ class FitLoop:
         if isinstance(interval, int) and not isinstance(interval, bool):
             if interval > batches and self.trainer.check_val_every_n_epoch is not None:
                 raise ConfigError(
-                    f"Trainer(val_check_interval={interval}) is more than the {batches} batches of an epoch. With "
+                    f"Trainer(val_check_interval={interval}) is more than the {batches} batches of an "
+                    f"epoch. With "
                     "check_val_every_n_epoch=None it counts batches across epochs."
                 )
             return interval
@@ -78,7 +83,8 @@ class FitLoop:
             if interval == 1.0:
                 return batches
             raise ConfigError(
-                f"Trainer(val_check_interval={interval}): the training data has no length to take a fraction of. "
+                f"Trainer(val_check_interval={interval}): the training data has no length to take a "
+                f"fraction of. "
                 "Give a number of batches."
             )
         return max(1, int(batches * interval))
@@ -86,7 +92,9 @@ class FitLoop:
     # -- the run ---------------------------------------------------------------------------------------------
 
     def sanity_check(self) -> None:
-        """A few validation batches before training, on random numbers of their own and leaving no metric behind."""
+        """A few validation batches before training, on random numbers of their own and leaving no metric "
+        "behind.
+        """
         trainer = self.trainer
         if not trainer.enable_validation or not trainer.num_sanity_val_steps or self._resumed is not None:
             return
@@ -106,7 +114,10 @@ class FitLoop:
         if self.validation is None:
             trainer = self.trainer
             self.validation = EvaluationLoop(
-                trainer, RunningStage.VALIDATING, self._load_val(), (trainer.limit_val_batches, "limit_val_batches")
+                trainer,
+                RunningStage.VALIDATING,
+                self._load_val(),
+                (trainer.limit_val_batches, "limit_val_batches"),
             )
         return self.validation
 
@@ -123,11 +134,8 @@ class FitLoop:
 
     def _may_stop(self) -> bool:
         trainer, progress = self.trainer, self.progress
-        if (trainer.min_epochs and progress.epoch + (progress.stage == END) < trainer.min_epochs) or (
-            trainer.min_steps and progress.global_step < trainer.min_steps
-        ):
-            return False
-        return True
+        epochs_done = progress.epoch + (progress.stage == END)
+        return epochs_done >= (trainer.min_epochs or 0) and progress.global_step >= (trainer.min_steps or 0)
 
     def run(self) -> None:
         """Train from where the progress stands until a limit is reached."""
@@ -136,9 +144,10 @@ class FitLoop:
             return
         if self.finished:
             self.setup_data()
+            reason = "the run was told to stop" if trainer.should_stop else "a limit is reached"
             rank_zero_info(
-                f"already finished: max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}; "
-                f"epoch {progress.epoch + (progress.stage == END)}, step {progress.global_step} are reached. "
+                f"already finished: {reason} (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}; "
+                f"{progress.epoch + (progress.stage == END)} epochs, {progress.global_step} steps are done). "
                 "Raise the limit to train on."
             )
             if self._resumed is not None:
@@ -175,14 +184,15 @@ class FitLoop:
         self.epoch_schedules = any(c.interval == "epoch" and not c.reduce_on_plateau for c in configs)
         self.epoch_plateaus = any(c.interval == "epoch" and c.reduce_on_plateau for c in configs)
 
-    # -- an epoch ----------------------------------------------------------------------------------------------
+    # -- an epoch --------------------------------------------------------------------------------------------
 
     def _run_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
         resumed, self._resumed = self._resumed, None
         self.accumulate = trainer.accumulate_grad_batches
         self.validates_this_epoch = trainer.enable_validation and (
-            trainer.check_val_every_n_epoch is None or (progress.epoch + 1) % trainer.check_val_every_n_epoch == 0
+            trainer.check_val_every_n_epoch is None
+            or (progress.epoch + 1) % trainer.check_val_every_n_epoch == 0
         )
         mid_epoch = resumed is not None and progress.stage in (BATCH, VALIDATED)
         if resumed is not None and not mid_epoch:
@@ -259,7 +269,8 @@ class FitLoop:
             results.batch, results.batch_size = batch, None
             if starts:
                 results.fx = "on_train_batch_start"
-                if any([hook(batch, index) == -1 for hook in starts]):
+                answers = [hook(batch, index) for hook in starts]
+                if -1 in answers:
                     break
             outputs = optimization.run(
                 batch, index, zero=index % accumulate == 0, step=steps, divide_by=accumulate
@@ -275,7 +286,11 @@ class FitLoop:
                 results.fx = "on_train_batch_end"
                 for hook in ends:
                     hook(outputs, batch, index)
-            if loggers and steps and ((progress.batches_that_stepped + 1) % every == 0 or trainer.should_stop):
+            if (
+                loggers
+                and steps
+                and ((progress.batches_that_stepped + 1) % every == 0 or trainer.should_stop)
+            ):
                 self._log_step()
             if trainer.save_requests:
                 self._count_samples(batch)
@@ -299,7 +314,9 @@ class FitLoop:
             trainer.log_to_loggers(metrics, self.progress.batches_that_stepped)
 
     def _after_batch(self, index: int, is_last: bool, stepped: bool) -> bool:
-        """What follows a batch and its safe point; returns whether the epoch ends here, however many batches are left."""
+        """What follows a batch and its safe point; returns whether the epoch ends here, however many "
+        "batches are left.
+        """
         trainer, progress = self.trainer, self.progress
         if self.validates_this_epoch and self._validation_due(index, is_last):
             self._validate(stepped)

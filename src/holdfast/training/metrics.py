@@ -15,7 +15,8 @@ from torch import Tensor
 from holdfast.errors import ConfigError
 from holdfast.training.data import batch_size_of
 
-# Hook -> (on_step, on_epoch) when self.log is called there without saying; hooks that are not here cannot log.
+# Hook -> (on_step, on_epoch) when self.log is called there without saying; hooks that are not here cannot
+# log.
 _STEP, _EPOCH = (True, False), (False, True)
 DEFAULTS: dict[str, tuple[bool, bool]] = {
     **dict.fromkeys(
@@ -55,7 +56,9 @@ DEFAULTS: dict[str, tuple[bool, bool]] = {
         _EPOCH,
     ),
 }
-_EPOCH_ONLY = frozenset(name for name in DEFAULTS if name.endswith(("_epoch_start", "_epoch_end", "_start"))) - {
+_EPOCH_ONLY = frozenset(
+    name for name in DEFAULTS if name.endswith(("_epoch_start", "_epoch_end", "_start"))
+) - {
     "on_train_batch_start",
     "on_validation_batch_start",
     "on_test_batch_start",
@@ -84,7 +87,9 @@ class Entry:
         "reduce", "total", "updates", "value", "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, fx: str, reduce: str, on_step: bool, on_epoch: bool, bar: bool, logger: bool) -> None:
+    def __init__(
+        self, name: str, fx: str, reduce: str, on_step: bool, on_epoch: bool, bar: bool, logger: bool
+    ) -> None:
         self.name = name
         self.fx = fx
         self.reduce = reduce
@@ -235,7 +240,9 @@ class Results:
         on_step = step_default if on_step is None else on_step
         on_epoch = epoch_default if on_epoch is None else on_epoch
         if on_step and fx in _EPOCH_ONLY:
-            raise ConfigError(f"self.log({name!r}, on_step=True) cannot be used in {fx}: there is no step there.")
+            raise ConfigError(
+                f"self.log({name!r}, on_step=True) cannot be used in {fx}: there is no step there."
+            )
         if not on_step and not on_epoch:
             raise ConfigError(f"self.log({name!r}, on_step=False, on_epoch=False) would log nothing.")
         reduce = _REDUCTIONS.get(reduce_fx)
@@ -246,7 +253,8 @@ class Results:
             )
         if not isinstance(value, (Tensor, int, float)) and not _is_metric(value):
             raise ConfigError(
-                f"self.log({name!r}, value): expected a number, a tensor of one element or a TorchMetrics object, "
+                f"self.log({name!r}, value): expected a number, a tensor of one element or a TorchMetrics "
+                f"object, "
                 f"found {type(value).__name__}."
             )
         entry = Entry(name, fx, reduce, on_step, on_epoch, prog_bar, True if logger is None else bool(logger))
@@ -297,7 +305,7 @@ class Results:
         return [
             {
                 "name": e.name, "fx": e.fx, "loader": key[2], "reduce": e.reduce, "on_step": e.on_step,
-                "on_epoch": e.on_epoch, "bar": e.bar, "logger": e.logger, "asked": list(e.asked[:4]) + [e.asked[5]],
+                "on_epoch": e.on_epoch, "bar": e.bar, "logger": e.logger, "asked": [*e.asked[:4], e.asked[5]],
                 "reduce_fx": e.asked[4] if isinstance(e.asked[4], str) else None, "suffix": e.loader_suffix,
                 "value": e.value if e.on_step else None, "total": e.total, "weight": e.weight,
                 "updates": e.updates,
@@ -310,14 +318,15 @@ class Results:
         """Go on accumulating from what `state_dict` gave."""
         for saved in state:
             entry = Entry(
-                saved["name"], saved["fx"], saved["reduce"], saved["on_step"], saved["on_epoch"], saved["bar"],
-                saved["logger"],
+                saved["name"], saved["fx"], saved["reduce"], saved["on_step"], saved["on_epoch"],
+                saved["bar"], saved["logger"],
             )  # fmt: skip
             reduce_fx = saved["reduce_fx"] or getattr(torch, saved["reduce"])
             entry.asked = (*saved["asked"][:4], reduce_fx, saved["asked"][4])
             entry.loader_suffix = saved["suffix"]
             entry.value, entry.total = (
-                value.to(device) if isinstance(value, Tensor) else value for value in (saved["value"], saved["total"])
+                value.to(device) if isinstance(value, Tensor) else value
+                for value in (saved["value"], saved["total"])
             )
             entry.weight = saved["weight"]
             entry.updates = saved["updates"]

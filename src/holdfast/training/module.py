@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,22 +25,27 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class class_only_method(classmethod):  # type: ignore[type-arg]
-    """A classmethod that refuses to be called on an instance, where its result would be thrown away."""
+if TYPE_CHECKING:
+    class_only_method = classmethod
+else:
 
-    def __get__(self, instance: Any, owner: type[Any] | None = None) -> Callable[..., Any]:
-        if instance is not None:
-            raise TypeError(
-                f"{type(instance).__name__}.{self.__func__.__name__} makes a new object: call it on the class, "
-                f"not on an instance, and keep what it returns."
-            )
-        return super().__get__(instance, owner)
+    class class_only_method(classmethod):
+        """A classmethod that refuses to be called on an instance, where its result would be thrown away."""
+
+        def __get__(self, instance: Any, owner: type[Any] | None = None) -> Callable[..., Any]:
+            if instance is not None:
+                raise TypeError(
+                    f"{type(instance).__name__}.{self.__func__.__name__} makes a new object: call it on the "
+                    "class, not on an instance, and keep what it returns."
+                )
+            return super().__get__(instance, owner)
 
 
 class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMixin, nn.Module):
-    """A model that says how it is trained: override ``training_step`` and ``configure_optimizers``, and hooks.
+    """A model that says how it is trained: override ``training_step``, ``configure_optimizers`` and hooks.
 
-    Everything that `torch.nn.Module` is, it is too. Source: the names and their meaning are PyTorch Lightning's.
+    Everything that `torch.nn.Module` is, it is too. Source: the names and their meaning are PyTorch
+    Lightning's.
     """
 
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
@@ -57,7 +63,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Same as `torch.nn.Module.forward`."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a batch: a tensor, or a dict with "loss", or None to skip the batch."""
@@ -73,7 +79,9 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         return self(args[0] if args else kwargs["batch"])
 
     def configure_optimizers(self) -> Any:
-        """Return one optimizer, several, or them with their schedulers, in any of Lightning's documented forms."""
+        """Return one optimizer, several, or them with their schedulers, in any of Lightning's documented "
+        "forms.
+        """
 
     def configure_callbacks(self) -> Any:
         """Return callbacks that belong to this model; they replace the trainer's of the same type."""
@@ -173,7 +181,9 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
                 f"self.log({name!r}, ...) was called outside of a Trainer's run; the value is not kept.",
             )
             return
-        results.log(name, value, (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx), batch_size)
+        results.log(
+            name, value, (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx), batch_size
+        )
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log every item of a dict (or MetricCollection), each as `log` would with the other arguments."""
@@ -190,7 +200,9 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """The optimizer, or the list of them; wrapped so that steps are counted, unless told otherwise."""
-        found: list[Any] = list(self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers)
+        found: list[Any] = list(
+            self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
+        )
         return found[0] if len(found) == 1 else found
 
     def lr_schedulers(self) -> Any:
@@ -205,13 +217,15 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             ConfigError: the module optimizes automatically.
         """
         if self.automatic_optimization:
-            raise ConfigError("self.manual_backward(loss) needs self.automatic_optimization = False in __init__.")
+            raise ConfigError(
+                "self.manual_backward(loss) needs self.automatic_optimization = False in __init__."
+            )
         self.trainer.optimization.backward(loss, *args, **kwargs)
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Let only this optimizer's parameters require gradients, until `untoggle_optimizer`."""
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._toggled = {}
+        self._toggled: dict[nn.Parameter, bool] = {}
         for other in self.trainer.optimizers:
             for group in other.param_groups:
                 for parameter in group["params"]:
@@ -284,11 +298,8 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
     @property
     def device(self) -> torch.device:
         """The device of the first parameter or buffer; the CPU if there is none."""
-        for tensor in self.parameters():
-            return tensor.device
-        for tensor in self.buffers():
-            return tensor.device
-        return torch.device("cpu")
+        first = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -323,7 +334,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
 
     @class_only_method
     def load_from_checkpoint(
-        cls: type[Self],
+        cls,
         checkpoint_path: str | os.PathLike[str],
         map_location: Any = None,
         hparams_file: str | os.PathLike[str] | None = None,
@@ -336,7 +347,8 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         Optimizer state is not read into memory.
 
         Args:
-            checkpoint_path: holdfast's file, Lightning's, or one that ``torch.save`` wrote with a ``state_dict``.
+            checkpoint_path: holdfast's file, Lightning's, or one that ``torch.save`` wrote with a
+                ``state_dict``.
             map_location: Device, or mapping of devices as `torch.load` takes it; None means the CPU.
             hparams_file: A yaml file with hyperparameters to use instead of the saved ones.
             strict: Whether every key must match; None means the module's ``strict_loading``.

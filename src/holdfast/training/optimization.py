@@ -34,7 +34,9 @@ class LRSchedulerConfig:
     strict: bool = True
 
 
-def read_configuration(configured: Any, *, automatic: bool) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+def read_configuration(
+    configured: Any, *, automatic: bool
+) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
     """Turn what ``configure_optimizers`` returned, in any documented form, into optimizers and schedulers.
 
     Raises:
@@ -56,7 +58,9 @@ def read_configuration(configured: Any, *, automatic: bool) -> tuple[list[Optimi
         and all(isinstance(part, (list, tuple)) for part in configured)
     ):
         optimizers, schedulers = list(configured[0]), list(configured[1])
-    elif isinstance(configured, (list, tuple)) and configured and all(isinstance(c, dict) for c in configured):
+    elif (
+        isinstance(configured, (list, tuple)) and configured and all(isinstance(c, dict) for c in configured)
+    ):
         optimizers, schedulers = _read_dicts(configured)
     elif isinstance(configured, (list, tuple)):
         optimizers = list(configured)
@@ -78,12 +82,19 @@ def read_configuration(configured: Any, *, automatic: bool) -> tuple[list[Optimi
 
 
 def _read_dicts(configured: Sequence[dict[str, Any]]) -> tuple[list[Optimizer], list[Any]]:
-    unknown = {key for entry in configured for key in entry} - {"optimizer", "lr_scheduler", "monitor", "frequency"}
+    unknown = {key for entry in configured for key in entry} - {
+        "optimizer",
+        "lr_scheduler",
+        "monitor",
+        "frequency",
+    }
     if unknown:
         rank_zero_warn(f"configure_optimizers: the keys {sorted(unknown)} have no meaning and are ignored.")
     if any("optimizer" not in entry for entry in configured):
         raise ConfigError('configure_optimizers returned a dict without the key "optimizer".')
-    return [e["optimizer"] for e in configured], [e["lr_scheduler"] for e in configured if e.get("lr_scheduler")]
+    return [e["optimizer"] for e in configured], [
+        e["lr_scheduler"] for e in configured if e.get("lr_scheduler")
+    ]
 
 
 def _read_scheduler(given: Any, automatic: bool, monitor: str | None) -> LRSchedulerConfig:
@@ -130,7 +141,11 @@ def step_schedulers(trainer: Trainer, interval: str, *, plateau: bool) -> None:
     """
     index = trainer.batch_idx if interval == "step" else trainer.current_epoch
     for config in trainer.lr_scheduler_configs:
-        if config.interval != interval or config.reduce_on_plateau is not plateau or (index + 1) % config.frequency:
+        if (
+            config.interval != interval
+            or config.reduce_on_plateau is not plateau
+            or (index + 1) % config.frequency
+        ):
             continue
         metric = None
         if config.reduce_on_plateau:
@@ -142,7 +157,9 @@ def step_schedulers(trainer: Trainer, interval: str, *, plateau: bool) -> None:
                     f"Logged so far: {sorted(available)}."
                 )
                 if config.strict:
-                    raise ConfigError(message + ' Log it, or set "strict": False in the scheduler\'s configuration.')
+                    raise ConfigError(
+                        message + ' Log it, or set "strict": False in the scheduler\'s configuration.'
+                    )
                 warn_once(("plateau", config.monitor), message)
                 continue
         trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
@@ -207,7 +224,8 @@ class Optimization:
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward with its hooks. What copies weights in the background is awaited here, before anybody's
-        hook can change them: it has had the whole forward and backward to overlap with."""
+        hook can change them: it has had the whole forward and backward to overlap with.
+        """
         results = self.results
         before = results.fx
         if self.scaler is not None:
@@ -247,12 +265,14 @@ class AutomaticOptimization(Optimization):
         self.before_zero_grad = bind(trainer, "on_before_zero_grad")
         self.plain_zero_grad = not is_overridden("optimizer_zero_grad", self.module)
         self.plain_step = not is_overridden("optimizer_step", self.module)
-        # torch's own optimizers, but for LBFGS, call a closure once and before anything else, so it can be called
-        # outside as well. Handed over, it would run behind the optimizer's pre-step hooks.
-        self.single_evaluation = type(self.optimizer).__module__.startswith("torch.optim.") and not isinstance(
-            self.optimizer, torch.optim.LBFGS
+        # torch's own optimizers, but for LBFGS, call a closure once and before anything else, so it can be
+        # called outside as well. Handed over, it would run behind the optimizer's pre-step hooks.
+        self.single_evaluation = type(self.optimizer).__module__.startswith(
+            "torch.optim."
+        ) and not isinstance(self.optimizer, torch.optim.LBFGS)
+        self.clips = is_overridden("configure_gradient_clipping", self.module) or bool(
+            trainer.gradient_clip_val
         )
-        self.clips = is_overridden("configure_gradient_clipping", self.module) or bool(trainer.gradient_clip_val)
         self.accumulate = trainer.accumulate_grad_batches
         # One closure for the whole fit; what changes from batch to batch is set on this object.
         self.closure: Callable[[], Any] = self._closure
@@ -291,7 +311,8 @@ class AutomaticOptimization(Optimization):
             self.module.optimizer_step(self.trainer.current_epoch, batch_idx, wrapped, self.closure)
             if not self._ran:
                 raise ConfigError(
-                    f"{type(self.module).__name__}.optimizer_step did not run optimizer_closure, so nothing was "
+                    f"{type(self.module).__name__}.optimizer_step did not run optimizer_closure, so "
+                    f"nothing was "
                     "trained. Pass it on: optimizer.step(closure=optimizer_closure)."
                 )
             self.trainer.progress.global_step += 1
@@ -309,17 +330,25 @@ class AutomaticOptimization(Optimization):
                 loss = output["loss"]
             except (TypeError, KeyError, IndexError):
                 raise ConfigError(
-                    f"{type(self.module).__name__}.training_step must return the loss as a tensor, a dict with the "
+                    f"{type(self.module).__name__}.training_step must return the loss as a tensor, a dict "
+                    f"with the "
                     f'key "loss", or None, found {type(output).__name__}.'
                 ) from None
             self._outputs = {**output, "loss": loss.detach()}
         if self._zero and self.optimizer is not None:
             self._zero_grad(self.optimizer)
         if loss is None:
-            warn_once("training_step None", "training_step returned None. If that was on purpose, ignore this.")
+            warn_once(
+                "training_step None", "training_step returned None. If that was on purpose, ignore this."
+            )
         else:
             self.backward(loss if self.accumulate == 1 else loss / self.accumulate)
-        if self._step and self.scaler is None and self.optimizer is not None and (self.before_step or self.clips):
+        if (
+            self._step
+            and self.scaler is None
+            and self.optimizer is not None
+            and (self.before_step or self.clips)
+        ):
             self._prepare(self.optimizer)
         return loss
 
@@ -345,7 +374,9 @@ class AutomaticOptimization(Optimization):
             )
 
     def step_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-        """Step as the precision demands: with a scaler the closure runs first and the gradients are unscaled."""
+        """Step as the precision demands: with a scaler the closure runs first and the gradients are "
+        "unscaled.
+        """
         if self.scaler is None:
             return optimizer.step(self.closure if closure is None else closure, **kwargs)
         loss = (self.closure if closure is None else closure)()
@@ -362,7 +393,9 @@ class ManualOptimization(Optimization):
     """Runs ``training_step`` and leaves the rest to it; steps are counted by the wrapped optimizers."""
 
     def run(self, batch: Any, batch_idx: int, *, zero: bool, step: bool, divide_by: int) -> Any:
-        """Train on one batch; see `AutomaticOptimization.run`. The window's arguments have no meaning here."""
+        """Train on one batch; see `AutomaticOptimization.run`. The window's arguments have no meaning "
+        "here.
+        """
         if self.engine.copying:
             self.engine.wait_for_copy()
         output = self.forward(batch, batch_idx)
@@ -373,7 +406,9 @@ class ManualOptimization(Optimization):
     def step_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """Step one optimizer and count it."""
         # Steps called from training_step compute in full precision, whatever the forward around them does.
-        outside = nullcontext() if self.context is None else torch.autocast(self.context.device, enabled=False)
+        outside = (
+            nullcontext() if self.context is None else torch.autocast(self.context.device, enabled=False)
+        )
         with outside:
             if self.scaler is None:
                 self.prepare_step(optimizer)
@@ -390,4 +425,6 @@ class ManualOptimization(Optimization):
 
 def make_optimization(trainer: Trainer) -> AutomaticOptimization | ManualOptimization:
     """The kind of optimization that the module asks for."""
-    return (AutomaticOptimization if trainer.lightning_module.automatic_optimization else ManualOptimization)(trainer)
+    return (AutomaticOptimization if trainer.lightning_module.automatic_optimization else ManualOptimization)(
+        trainer
+    )

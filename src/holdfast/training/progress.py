@@ -90,9 +90,14 @@ class Progress:
     validations: int = 0
     """Validation runs."""
     validation_batches: int = 0
-    """Validation batches over all runs: the step number of values that validation logs for each of its steps."""
-    full_epoch: bool = field(default=True)
+    """Validation batches over all runs: the step number of values that validation logs for each of its "
+    "steps."""
+    full_epoch: bool = True
     """Whether the epoch that ended saw all its batches; false when it was stopped early."""
+    should_stop: bool = False
+    """Whether somebody, such as EarlyStopping, had told the run to stop."""
+    limits: list[int | None] = field(default_factory=lambda: [None, None])
+    """``max_epochs`` and ``max_steps`` at that time: a run that resumes with other ones is meant to train on."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
@@ -147,7 +152,10 @@ class Progress:
                     }
                 },
                 "epoch_loop.manual_optimization.state_dict": {},
-                "epoch_loop.manual_optimization.optim_step_progress": {"total": dict(steps), "current": dict(steps)},
+                "epoch_loop.manual_optimization.optim_step_progress": {
+                    "total": dict(steps),
+                    "current": dict(steps),
+                },
                 "epoch_loop.val_loop.state_dict": {},
                 "epoch_loop.val_loop.batch_progress": evaluation()["batch_progress"],
             },

@@ -52,7 +52,9 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_f
     elif ckpt_path == "last":
         found = _last(trainer)
         if found is None:
-            rank_zero_warn(f'ckpt_path="last": there is no checkpoint in {_listed(trainer)}. Starting from scratch.')
+            rank_zero_warn(
+                f'ckpt_path="last": there is no checkpoint in {_listed(trainer)}. Starting from scratch.'
+            )
             return None
         path = found
     else:
@@ -65,9 +67,11 @@ def _read(path: str, for_fit: bool) -> Any:
 
 
 def run_directories(trainer: Trainer) -> list[str]:
-    """Every directory in which this run's checkpoints may be: callbacks' own ones, and all versions of the run root."""
+    """Every directory in which this run's checkpoints may be: callbacks' own ones, and all versions of "
+    "the run root.
+    """
     directories: list[str] = []
-    callbacks = [c for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+    callbacks: list[Any] = [c for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
     directories += [os.path.abspath(c.dirpath) for c in callbacks]
     if not callbacks or len(callbacks) < len(trainer.checkpoint_callbacks):
         root = next((logger.root_dir for logger in trainer.loggers if logger.root_dir), None)
@@ -80,7 +84,9 @@ def _listed(trainer: Trainer) -> str:
 
 
 def _candidates(trainer: Trainer) -> list[catalog.Entry]:
-    """Newest first. Files of one save under several names are all listed: if one is gone, another is there."""
+    """Newest first. Files of one save under several names are all listed: if one is gone, another is "
+    "there.
+    """
     entries: list[catalog.Entry] = []
     for directory in run_directories(trainer):
         if os.path.isdir(directory):
@@ -90,7 +96,9 @@ def _candidates(trainer: Trainer) -> list[catalog.Entry]:
 
 
 def _last(trainer: Trainer) -> str | None:
-    return next((entry.path for entry in _candidates(trainer) if entry.whole and entry.kind != "weights"), None)
+    return next(
+        (entry.path for entry in _candidates(trainer) if entry.whole and entry.kind != "weights"), None
+    )
 
 
 def _best(trainer: Trainer) -> str:
@@ -140,8 +148,10 @@ def raise_none_whole(skipped: list[str]) -> None:
     from holdfast.errors import CheckpointIncomplete
 
     raise CheckpointIncomplete(
-        'ckpt_path="auto": there are checkpoints, but not one is whole and verified, and starting from step 0 would '
-        "bury them:\n  " + "\n  ".join(skipped) + "\nMove them away, or give a path, or ckpt_path=None to start anew."
+        'ckpt_path="auto": there are checkpoints, but not one is whole and verified, and starting from '
+        "step 0 would bury them:\n  "
+        + "\n  ".join(skipped)
+        + "\nMove them away, or give a path, or ckpt_path=None to start anew."
     )
 
 

@@ -39,24 +39,20 @@ class RunView:
     progress: Progress
     state: TrainerState
     strategy: Strategy
-    _evaluation: EvaluationLoop | None
-    _module: LightningModule | None
+    accumulate_grad_batches: int
+    evaluation_loop: EvaluationLoop | None
+    model: LightningModule | None
 
-    # -- the model ---------------------------------------------------------------------------------------------
+    # -- the model -------------------------------------------------------------------------------------------
 
     @property
     def lightning_module(self) -> LightningModule:
         """The module of the current or last run."""
-        if self._module is None:
+        if self.model is None:
             raise RuntimeError("This trainer has not run anything yet, so it has no module.")
-        return self._module
+        return self.model
 
-    @property
-    def model(self) -> LightningModule | None:
-        """The module of the current or last run, or None."""
-        return self._module
-
-    # -- position ----------------------------------------------------------------------------------------------
+    # -- position --------------------------------------------------------------------------------------------
 
     @property
     def current_epoch(self) -> int:
@@ -76,7 +72,11 @@ class RunView:
     @property
     def num_val_batches(self) -> list[int | float]:
         """Validation batches of each loader."""
-        loop = self.fit_loop.validation if self.fit_loop is not None and self._evaluation is None else self._evaluation
+        loop = (
+            self.fit_loop.validation
+            if self.fit_loop is not None and self.evaluation_loop is None
+            else self.evaluation_loop
+        )
         return [] if loop is None or loop.prefix != "validation" else list(loop.batches)
 
     @property
@@ -96,7 +96,7 @@ class RunView:
         return self._batches_of("predict")
 
     def _batches_of(self, prefix: str) -> list[int | float]:
-        loop = self._evaluation
+        loop = self.evaluation_loop
         return list(loop.batches) if loop is not None and loop.prefix == prefix else []
 
     @property
@@ -121,7 +121,7 @@ class RunView:
         return self._loaders_of("predict")
 
     def _loaders_of(self, prefix: str) -> Any:
-        loops = [self._evaluation, None if self.fit_loop is None else self.fit_loop.validation]
+        loops = [self.evaluation_loop, None if self.fit_loop is None else self.fit_loop.validation]
         for loop in loops:
             if loop is not None and loop.prefix == prefix:
                 loaders = [stream.loader for stream in loop.streams]
@@ -130,7 +130,9 @@ class RunView:
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps of the whole fit, from the limits and the length of the data; infinite if there is no end."""
+        """Optimizer steps of the whole fit, from the limits and the length of the data; infinite if there "
+        "is no end.
+        """
         loop = self.fit_loop
         if loop is None:
             raise RuntimeError("trainer.estimated_stepping_batches is known during fit only.")
@@ -138,11 +140,11 @@ class RunView:
         steps = float("inf") if self.max_steps == -1 else self.max_steps
         if self.max_epochs in (None, -1):
             return steps
-        accumulate: int = self.accumulate_grad_batches  # type: ignore[attr-defined]
+        accumulate = self.accumulate_grad_batches
         per_epoch = loop.batches if loop.batches == float("inf") else -(-int(loop.batches) // accumulate)
         return min(steps, per_epoch * int(self.max_epochs or 0))
 
-    # -- metrics -----------------------------------------------------------------------------------------------
+    # -- metrics ---------------------------------------------------------------------------------------------
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
@@ -164,7 +166,7 @@ class RunView:
         """For each name in `callback_metrics` a number that changes whenever the value is a new one."""
         return self.metrics.versions()
 
-    # -- parts -------------------------------------------------------------------------------------------------
+    # -- parts -----------------------------------------------------------------------------------------------
 
     @property
     def logger(self) -> Logger | None:
@@ -203,7 +205,7 @@ class RunView:
         """The progress bar, or None."""
         return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
 
-    # -- who and where -----------------------------------------------------------------------------------------
+    # -- who and where ---------------------------------------------------------------------------------------
 
     @property
     def global_rank(self) -> int:
@@ -251,7 +253,7 @@ class RunView:
         """The precision in today's spelling."""
         return self.precision_plugin.precision
 
-    # -- what it does now --------------------------------------------------------------------------------------
+    # -- what it does now ------------------------------------------------------------------------------------
 
     @property
     def training(self) -> bool:

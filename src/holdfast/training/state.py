@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.migrate import FORMAT_VERSION, LIGHTNING_VERSION, upgrade
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 
-# -- capture ---------------------------------------------------------------------------------------------------
+# -- capture -------------------------------------------------------------------------------------------------
 
 
 def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, Any]:
@@ -51,7 +52,9 @@ def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, A
     _capture_hyperparameters(payload, module, "hparams_name", "hyper_parameters")
     datamodule = trainer.datamodule
     if datamodule is not None:
-        _capture_hyperparameters(payload, datamodule, "datamodule_hparams_name", "datamodule_hyper_parameters")
+        _capture_hyperparameters(
+            payload, datamodule, "datamodule_hparams_name", "datamodule_hyper_parameters"
+        )
     if not weights_only:
         payload["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
         payload["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
@@ -92,6 +95,8 @@ def _capture_hyperparameters(payload: dict[str, Any], owner: Any, name_key: str,
 def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     module, progress = trainer.lightning_module, trainer.progress
     loop = trainer.fit_loop
+    progress.should_stop = trainer.should_stop
+    progress.limits = [trainer.max_epochs, trainer.max_steps]
     mid_epoch = progress.stage in (BATCH, VALIDATED)
     for logger in trainer.loggers:
         # Rows up to here reach the disk before the checkpoint that counts on them.
@@ -116,7 +121,9 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
 
 
 def _capture_gradients(trainer: Trainer) -> dict[str, Tensor] | None:
-    """Gradients that the next batch goes on from: those of a half-done accumulation, or of code that decides itself."""
+    """Gradients that the next batch goes on from: those of a half-done accumulation, or of code that "
+    "decides itself.
+    """
     module, progress = trainer.lightning_module, trainer.progress
     mid_epoch = progress.stage in (BATCH, VALIDATED)
     half_window = mid_epoch and progress.batch % trainer.accumulate_grad_batches != 0
@@ -141,7 +148,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-# -- weights ---------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------------------
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Any], *, strict: bool, source: str) -> None:
@@ -166,20 +173,23 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Any], *, strict: bo
         and isinstance(value, Tensor)
         and isinstance(own[key], Tensor)
         and value.shape != own[key].shape
-        and not isinstance(own[key], nn.parameter.UninitializedTensorMixin)
+        and not isinstance(own[key], UninitializedTensorMixin)
     ]
     name = type(module).__name__
     parts = []
     if missing and strict:
         parts.append(f"{len(missing)} missing from the file:\n  " + "\n  ".join(missing))
     if unexpected and strict:
-        parts.append(f"{len(unexpected)} in the file that the model does not have:\n  " + "\n  ".join(unexpected))
+        parts.append(
+            f"{len(unexpected)} in the file that the model does not have:\n  " + "\n  ".join(unexpected)
+        )
     if misshapen:
         parts.append(f"{len(misshapen)} of another shape:\n  " + "\n  ".join(misshapen))
     if own and state_dict and len(missing) == len(own):
         first, there = next(iter(own)), next(iter(state_dict))
         raise CheckpointIncompatible(
-            f"{source} does not fit {name}: not one of its {len(state_dict)} keys is the model's. The model has "
+            f"{source} does not fit {name}: not one of its {len(state_dict)} keys is the model's. The "
+            f"model has "
             f"{first!r}, the file has {there!r}. Is it the right file, or is there a prefix to strip?"
         )
     if parts:
@@ -198,7 +208,9 @@ def build_from_checkpoint(
     overrides: Mapping[str, Any],
 ) -> Any:
     """`LightningModule.load_from_checkpoint`, and a datamodule's."""
-    payload = upgrade(load(path, map_location=map_location or "cpu", skip=("optimizer_states",)), source=os.fspath(path))
+    payload = upgrade(
+        load(path, map_location=map_location or "cpu", skip=("optimizer_states",)), source=os.fspath(path)
+    )
     is_module = issubclass(cls, nn.Module)
     prefix = "" if is_module else "datamodule_"
     saved = payload.get(prefix + ("hyper_parameters"))
@@ -233,11 +245,13 @@ def _read_hparams_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(values or {})
 
 
-# -- restore, in the order in which a fit needs it --------------------------------------------------------------
+# -- restore, in the order in which a fit needs it -----------------------------------------------------------
 
 
 def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> None:
-    """Weights, after the hooks that may change the checkpoint. The rest needs the optimizers to exist first."""
+    """Weights, after the hooks that may change the checkpoint. The rest needs the optimizers to exist "
+    "first.
+    """
     module = trainer.lightning_module
     if trainer.datamodule is not None:
         trainer.datamodule.on_load_checkpoint(payload)
@@ -265,10 +279,13 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
     ):
         if len(live) != len(saved):
             raise CheckpointIncompatible(
-                f"{source} holds the state of {len(saved)} {what}, but configure_optimizers returned {len(live)}. "
+                f"{source} holds the state of {len(saved)} {what}, but configure_optimizers returned "
+                f"{len(live)}. "
                 "Resume with the optimizers that the run was started with."
             )
-    for index, (optimizer, state) in enumerate(zip(trainer.optimizers, payload["optimizer_states"], strict=True)):
+    for index, (optimizer, state) in enumerate(
+        zip(trainer.optimizers, payload["optimizer_states"], strict=True)
+    ):
         try:
             optimizer.load_state_dict(state)
         except ValueError as error:
@@ -283,6 +300,8 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
     if datamodule is not None and type(datamodule).__qualname__ in payload:
         datamodule.load_state_dict(payload[type(datamodule).__qualname__])
     trainer.progress.load_state_dict(run["progress"])
+    if trainer.progress.limits == [trainer.max_epochs, trainer.max_steps]:
+        trainer.should_stop = trainer.progress.should_stop
     if "seed" in run:
         trainer.seed = run["seed"]
     if "metrics" in run:
@@ -351,10 +370,17 @@ def describe_resume(trainer: Trainer, payload: dict[str, Any], path: str, skippe
     )
     if not run.get("exact"):
         rank_zero_info(
-            "this checkpoint was not taken at a safe point (or is not holdfast's): the run goes on from it, but not "
+            "this checkpoint was not taken at a safe point (or is not holdfast's): the run goes on from "
+            "it, but not "
             "bit-identical to one that never stopped"
         )
     saved, here = run.get("environment"), environment()
     if saved is not None and saved != here:
-        differences = [f"{key}: {saved.get(key)!r} then, {here[key]!r} now" for key in here if saved.get(key) != here[key]]
-        rank_zero_warn("The environment differs from the checkpoint's, so bits may too. " + "; ".join(differences))
+        differences = [
+            f"{key}: {saved.get(key)!r} then, {here[key]!r} now"
+            for key in here
+            if saved.get(key) != here[key]
+        ]
+        rank_zero_warn(
+            "The environment differs from the checkpoint's, so bits may too. " + "; ".join(differences)
+        )

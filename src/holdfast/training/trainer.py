@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.callbacks.base import Callback, Checkpoint, SavePlan
+from holdfast.callbacks.base import Callback, Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.errors import ConfigError
 from holdfast.strategies.single import SingleDeviceStrategy, choose_device
-from holdfast.training import configuration, state
+from holdfast.training import configuration, run
 from holdfast.training.datamodule import LightningDataModule
 from holdfast.training.evaluation import EvaluationLoop
-from holdfast.training.hooks import call, is_overridden
-from holdfast.training.hparams import HyperparametersMixin
+from holdfast.training.hooks import call
 from holdfast.training.loops import FitLoop
 from holdfast.training.metrics import MetricStore, Results
 from holdfast.training.module import LightningModule
-from holdfast.training.optimization import LightningOptimizer, LRSchedulerConfig, read_configuration
+from holdfast.training.optimization import LightningOptimizer, LRSchedulerConfig
 from holdfast.training.precision import make_precision
-from holdfast.training.progress import Progress, RunningStage, TrainerFn, TrainerState, TrainerStatus
-from holdfast.training.resume import Resolved, resolve
+from holdfast.training.progress import Progress, TrainerFn, TrainerState, TrainerStatus
 from holdfast.training.run_view import RunView
-from holdfast.utilities.rank_zero import rank_zero_info, warn_once
-
-T = TypeVar("T")
-
-_STAGES = {
-    TrainerFn.VALIDATING: (RunningStage.VALIDATING, "val", "validation_step"),
-    TrainerFn.TESTING: (RunningStage.TESTING, "test", "test_step"),
-    TrainerFn.PREDICTING: (RunningStage.PREDICTING, "predict", "predict_step"),
-}
+from holdfast.training.saving import carry_out_requests, save
+from holdfast.utilities.rank_zero import warn_once
 
 
 class Trainer(RunView):
@@ -123,7 +112,9 @@ class Trainer(RunView):
         check = configuration.check_count
         self.fast_dev_run = int(fast_dev_run)
         if self.fast_dev_run:
-            limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = self.fast_dev_run
+            limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = (
+                self.fast_dev_run
+            )
             max_steps, max_epochs, num_sanity_val_steps = self.fast_dev_run, 1, 0
             val_check_interval, check_val_every_n_epoch = 1.0, 1
         self.default_root_dir = configuration.root_directory(default_root_dir)
@@ -131,7 +122,9 @@ class Trainer(RunView):
         self.max_steps = check("max_steps", max_steps, least=-1)
         if self.max_epochs is None and self.max_steps == -1:
             self.max_epochs = 1000
-            warn_once("max_epochs", "Trainer(max_epochs=...) was not given; training stops after 1000 epochs.")
+            warn_once(
+                "max_epochs", "Trainer(max_epochs=...) was not given; training stops after 1000 epochs."
+            )
         self.min_epochs = check("min_epochs", min_epochs, least=0)
         self.min_steps = check("min_steps", min_steps, least=0)
         self.limit_train_batches = configuration.check_limit("limit_train_batches", limit_train_batches)
@@ -142,13 +135,18 @@ class Trainer(RunView):
         self.check_val_every_n_epoch = check("check_val_every_n_epoch", check_val_every_n_epoch, least=1)
         if self.check_val_every_n_epoch is None and isinstance(self.val_check_interval, float):
             raise ConfigError(
-                "Trainer(check_val_every_n_epoch=None) counts batches across epochs: give val_check_interval as an int."
+                "Trainer(check_val_every_n_epoch=None) counts batches across epochs: give "
+                "val_check_interval as an int."
             )
-        self.num_sanity_val_steps = 2 if num_sanity_val_steps is None else check(
-            "num_sanity_val_steps", num_sanity_val_steps, least=-1
+        self.num_sanity_val_steps = (
+            2
+            if num_sanity_val_steps is None
+            else check("num_sanity_val_steps", num_sanity_val_steps, least=-1)
         )
-        self.log_every_n_steps = 50 if log_every_n_steps is None else max(
-            1, check("log_every_n_steps", log_every_n_steps, least=0)
+        self.log_every_n_steps = (
+            50
+            if log_every_n_steps is None
+            else max(1, check("log_every_n_steps", log_every_n_steps, least=0))
         )
         self.accumulate_grad_batches = check("accumulate_grad_batches", accumulate_grad_batches, least=1)
         self.gradient_clip_val = gradient_clip_val
@@ -159,7 +157,7 @@ class Trainer(RunView):
             )
         self.inference_mode = inference_mode
         self.detect_anomaly = detect_anomaly
-        self._log_hyperparameters = enable_autolog_hparams
+        self.log_hyperparameters = enable_autolog_hparams
         if num_nodes != 1:
             raise ConfigError(f"Trainer(num_nodes={num_nodes!r}): one machine is what there is so far.")
         if isinstance(strategy, str):
@@ -185,6 +183,8 @@ class Trainer(RunView):
         self.progress = Progress()
         self.metrics = MetricStore()
         self.should_stop = False
+        self.enable_validation = False
+        """Whether this fit validates."""
         self.batch_idx = 0
         self.seed = torch.initial_seed()
         self.optimizers: list[Any] = []
@@ -200,8 +200,9 @@ class Trainer(RunView):
         self.continues_version = False
         """Whether the fit writes on in the logs of the run that it goes on from."""
         self.save_requests: list[Checkpoint] = []
-        self._module: LightningModule | None = None
-        self._evaluation: EvaluationLoop | None = None
+        self.model: LightningModule | None = None
+        """The module of the current or last run."""
+        self.evaluation_loop: EvaluationLoop | None = None
 
     # -- what the user calls ---------------------------------------------------------------------------------
 
@@ -221,8 +222,9 @@ class Trainer(RunView):
             train_dataloaders: The training loader, or a datamodule.
             val_dataloaders: The validation loader or loaders.
             datamodule: Where the loaders come from otherwise; without one, the module's own hooks.
-            ckpt_path: What to go on from: a path, "last", "best", or "auto": the newest verified checkpoint of
-                this run root, in whose directory and logs the run then goes on, or a fresh start if there is none.
+            ckpt_path: What to go on from: a path, "last", "best", or "auto": the newest verified checkpoint
+                of this run root, in whose directory and logs the run then goes on, or a fresh start if there
+                is none.
             weights_only: Accepted for Lightning's sake: opening a checkpoint never runs code.
 
         Raises:
@@ -230,10 +232,16 @@ class Trainer(RunView):
             CheckpointError: the checkpoint cannot be gone on from; nothing was trained or changed on disk.
         """
         if not isinstance(model, LightningModule):
-            raise ConfigError(f"trainer.fit(model): expected a holdfast.LightningModule, found {type(model).__name__}.")
+            raise ConfigError(
+                f"trainer.fit(model): expected a holdfast.LightningModule, found {type(model).__name__}."
+            )
         if isinstance(train_dataloaders, LightningDataModule):
             datamodule, train_dataloaders = train_dataloaders, None
-        self._guarded(TrainerFn.FITTING, self._fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+        run.guarded(
+            self,
+            TrainerFn.FITTING,
+            lambda: run.fit(self, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path),
+        )
 
     def validate(
         self,
@@ -248,8 +256,8 @@ class Trainer(RunView):
 
         Without a model, the last fit's with its best weights, if a callback saved any.
         """
-        results: list[dict[str, float]] = self._guarded(
-            TrainerFn.VALIDATING, self._evaluate, TrainerFn.VALIDATING, model, dataloaders, datamodule, ckpt_path, verbose
+        results: list[dict[str, float]] = self._evaluate(
+            TrainerFn.VALIDATING, model, dataloaders, datamodule, ckpt_path, verbose=verbose
         )
         return results
 
@@ -263,8 +271,8 @@ class Trainer(RunView):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Run the test once and return its metrics, one dict per loader; otherwise like `validate`."""
-        results: list[dict[str, float]] = self._guarded(
-            TrainerFn.TESTING, self._evaluate, TrainerFn.TESTING, model, dataloaders, datamodule, ckpt_path, verbose
+        results: list[dict[str, float]] = self._evaluate(
+            TrainerFn.TESTING, model, dataloaders, datamodule, ckpt_path, verbose=verbose
         )
         return results
 
@@ -277,18 +285,21 @@ class Trainer(RunView):
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Return what ``predict_step`` returns for every batch: a list, or one per loader if there are several."""
+        """Return what ``predict_step`` returns for every batch: a list, or one per loader if there are "
+        "several.
+        """
         keep = return_predictions is not False
-        return self._guarded(
-            TrainerFn.PREDICTING,
-            self._evaluate,
-            TrainerFn.PREDICTING,
-            model,
-            dataloaders,
-            datamodule,
-            ckpt_path,
-            False,
-            keep,
+        return self._evaluate(
+            TrainerFn.PREDICTING, model, dataloaders, datamodule, ckpt_path, keep_outputs=keep
+        )
+
+    def _evaluate(
+        self, fn: TrainerFn, model: Any, dataloaders: Any, datamodule: Any, ckpt_path: Any, **options: bool
+    ) -> Any:
+        if isinstance(dataloaders, LightningDataModule):
+            datamodule, dataloaders = dataloaders, None
+        return run.guarded(
+            self, fn, lambda: run.evaluate(self, fn, model, dataloaders, datamodule, ckpt_path, **options)
         )
 
     def save_checkpoint(
@@ -296,8 +307,9 @@ class Trainer(RunView):
     ) -> None:
         """Save the run as it is now; when this returns, the file is durable under its name.
 
-        Inside a hook the rest of that hook's batch is missing from it, so the file is marked inexact: a run goes
-        on from it, but not bit-identical to one that never stopped. ModelCheckpoint saves where it is exact.
+        Inside a hook the rest of that hook's batch is missing from it, so the file is marked inexact: a run
+        goes on from it, but not bit-identical to one that never stopped. ModelCheckpoint saves where it is
+        exact.
 
         Args:
             filepath: The file's final name; directories are made.
@@ -309,10 +321,13 @@ class Trainer(RunView):
         """
         if storage_options is not None:
             raise ConfigError("trainer.save_checkpoint(storage_options=...) is not supported. Leave it out.")
-        if self._module is None:
-            raise ConfigError("trainer.save_checkpoint(path): there is no model yet. Call fit, validate or test first.")
+        if self.model is None:
+            raise ConfigError(
+                "trainer.save_checkpoint(path): there is no model yet. Call fit, validate or test first."
+            )
         inside = self.state.status is TrainerStatus.RUNNING
-        self._save([os.path.abspath(os.fspath(filepath))], bool(weights_only), exact=not inside, extra={})
+        path = os.path.abspath(os.fspath(filepath))
+        save(self, [path], weights_only=bool(weights_only), exact=not inside, extra={})
 
     # -- requests and the safe point -------------------------------------------------------------------------
 
@@ -322,45 +337,8 @@ class Trainer(RunView):
             self.save_requests.append(callback)
 
     def safe_point(self, exact: bool = True) -> None:
-        """Carry out what was requested. All plans are made first, so that each file holds the state after all of them."""
-        requests, self.save_requests = self.save_requests, []
-        planned: list[tuple[Checkpoint, SavePlan]] = []
-        try:
-            for callback in requests:
-                plan = callback.plan_save(self)
-                if plan is not None:
-                    planned.append((callback, plan))
-            for weights_only in (False, True):
-                group = [(callback, plan) for callback, plan in planned if plan.weights_only is weights_only]
-                if not group:
-                    continue
-                names = list(dict.fromkeys(name for _, plan in group for name in plan.names))
-                extra: dict[str, Any] = {}
-                for _, plan in group:
-                    extra.update(plan.summary_extra)
-                report = self._save(names, weights_only, exact=exact, extra=extra)
-                for callback, plan in group:
-                    planned.remove((callback, plan))
-                    callback.committed(self, plan, report)
-        finally:
-            for callback, plan in planned:
-                callback.rolled_back(self, plan)
-
-    def _save(self, names: list[str], weights_only: bool, *, exact: bool, extra: dict[str, Any]) -> Any:
-        payload = state.capture(self, weights_only=weights_only, exact=exact)
-        metrics = {name: value.item() for name, value in self.callback_metrics.items()}
-        summary = {
-            "step": self.global_step,
-            "epoch": self.current_epoch,
-            "metrics": metrics,
-            "exact": exact and not weights_only,
-            "kind": "weights" if weights_only else "full",
-            **extra,
-        }
-        report = self.engine.save(payload, names[0], names=names[1:], summary=summary)
-        for where, reason in report.omissions:
-            warn_once(("omitted", where), f"{where} is not in the checkpoint: {reason}")
-        return report
+        """Carry out what was requested; called by the loop, after all hooks of a batch or an epoch."""
+        carry_out_requests(self, exact=exact)
 
     # -- running ---------------------------------------------------------------------------------------------
 
@@ -380,7 +358,9 @@ class Trainer(RunView):
             logger.log_metrics(values, step=max(step, 0))
 
     def call_epoch_end(self) -> None:
-        """``on_train_epoch_end``: callbacks, the module, and last those callbacks that judge what these logged."""
+        """``on_train_epoch_end``: callbacks, the module, and last those callbacks that judge what these "
+        "logged.
+        """
         results = self.results
         results.fx = "on_train_epoch_end"
         judges = [c for c in self.callbacks if isinstance(c, (Checkpoint, EarlyStopping))]
@@ -393,240 +373,9 @@ class Trainer(RunView):
                 callback.on_train_epoch_end(self, self.lightning_module)
         results.fx = None
 
-    def _guarded(self, fn: TrainerFn, run: Callable[..., T], *args: Any) -> T:
-        """Run one of the four requests; whatever happens, callbacks hear of it and loggers are closed."""
-        self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
-        self.should_stop = False
-        self.save_requests.clear()
-        try:
-            result = run(*args)
-        except BaseException as error:
-            self.state.status = TrainerStatus.INTERRUPTED
-            if self._module is not None:
-                self._tell_of(error)
-            raise
-        else:
-            self.state.status = TrainerStatus.FINISHED
-            return result
-        finally:
-            self.state.stage = None
-            if self._module is not None:
-                self._module._results = None
-
-    def _tell_of(self, error: BaseException) -> None:
-        for callback in self.callbacks:
-            callback.on_exception(self, self.lightning_module, error)
-        if self.datamodule is not None:
-            self.datamodule.on_exception(error)
-        if self.save_requests:
-            # Wherever it happened, it was not at a safe point.
-            self.safe_point(exact=False)
-        for logger in self.loggers:
-            logger.finalize("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-
-    def _attach(self, model: LightningModule, datamodule: Any) -> None:
-        self._module = model
-        model.trainer = self
-        model._results = self.metrics.train
-        self.datamodule = datamodule
-        if datamodule is not None:
-            datamodule.trainer = self
-        own = model.configure_callbacks()
-        own = [own] if isinstance(own, Callback) else list(own or [])
-        if own:
-            replaced = {type(callback) for callback in own}
-            kept = [callback for callback in self.callbacks if type(callback) not in replaced]
-            self.callbacks = configuration.ordered(kept + own)
-
-    def _setup(self, stage: str) -> None:
-        """What every request begins with, up to the model being on its device."""
-        model, datamodule = self.lightning_module, self.datamodule
-        for owner in (datamodule, model):
-            if is_overridden("prepare_data", owner):
-                owner.prepare_data()
-        if datamodule is not None:
-            datamodule.setup(stage=stage)
-        call(self, "setup", stage, only="callbacks")
-        model.setup(stage=stage)
-        if is_overridden("configure_model", model):
-            model.configure_model()
-
-    def _teardown(self, stage: str) -> None:
-        if self.datamodule is not None:
-            self.datamodule.teardown(stage=stage)
-        call(self, "teardown", stage, only="callbacks")
-        self.lightning_module.teardown(stage=stage)
-
-    def _loader(self, kind: str, given: Any) -> Any:
-        """The loader given to the call, else the datamodule's, else the module's; None if nobody has one."""
-        if given is not None:
-            return given
-        hook = f"{kind}_dataloader"
-        for owner in (self.datamodule, self.lightning_module):
-            if is_overridden(hook, owner):
-                return getattr(owner, hook)()
-        return None
-
-    def _has_loader(self, kind: str, given: Any) -> bool:
-        hook = f"{kind}_dataloader"
-        return given is not None or any(is_overridden(hook, owner) for owner in (self.datamodule, self._module))
-
-    def _fit(
-        self, model: LightningModule, train: Any, val: Any, datamodule: Any, ckpt_path: str | os.PathLike[str] | None
-    ) -> None:
-        self._attach(model, datamodule)
-        self._check_fit(model, train)
-        self.fit_loop = self._evaluation = None
-        self.enable_validation = (
-            bool(self.limit_val_batches) and is_overridden("validation_step", model) and self._has_loader("val", val)
-        )
-        resolved = resolve(self, ckpt_path, for_fit=True)
-        self._continue_in(resolved, auto=ckpt_path == "auto")
-        self._setup("fit")
-        source = "" if resolved is None else os.path.basename(resolved.path)
-        if resolved is not None:
-            state.restore_model(self, resolved.payload, source)
-        model.to(self.strategy.root_device)
-        run = None if resolved is None else resolved.payload["holdfast"]
-        self.fit_loop = FitLoop(self, lambda: self._train_loader(train), lambda: self._loader("val", val), run)
-        self._configure_optimizers(model)
-        if resolved is not None:
-            state.restore_training(self, resolved.payload, source)
-            state.describe_resume(self, resolved.payload, resolved.path, resolved.skipped)
-            # What was read is in place now; the optimizers' copy is not kept a second time.
-            resolved.payload.clear()
-        self._send_hyperparameters()
-        with self._autograd():
-            call(self, "on_fit_start")
-            self.fit_loop.sanity_check()
-            self.fit_loop.run()
-            call(self, "on_fit_end")
-        self.engine.wait()
-        for logger in self.loggers:
-            logger.finalize("success")
-        self._teardown("fit")
-
-    def _autograd(self) -> AbstractContextManager[Any]:
-        return torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
-
-    def _check_fit(self, model: LightningModule, train: Any) -> None:
-        name = type(model).__name__
-        for hook, what in (("training_step", "computes the loss"), ("configure_optimizers", "returns the optimizer")):
-            if not is_overridden(hook, model):
-                raise ConfigError(f"{name} has no {hook}. trainer.fit needs it: define {hook}, which {what}.")
-        if not self._has_loader("train", train):
-            raise ConfigError(
-                f"There is no training data: give trainer.fit(model, train_dataloaders=...), a datamodule, or define "
-                f"{name}.train_dataloader."
-            )
-        if not model.automatic_optimization and (self.gradient_clip_val or self.accumulate_grad_batches != 1):
-            raise ConfigError(
-                "Trainer(gradient_clip_val=, accumulate_grad_batches=) have no effect with manual optimization. "
-                "Leave them out; clip with self.clip_gradients and accumulate in training_step."
-            )
-
-    def _train_loader(self, given: Any) -> Any:
-        loader = self._loader("train", given)
-        if isinstance(loader, dict) or (isinstance(loader, (list, tuple)) and _all_loaders(loader)):
-            raise ConfigError("Several training loaders at once are not supported yet. Combine them in one dataset.")
-        if loader is None or not isinstance(loader, Iterable):
-            raise ConfigError(f"train_dataloader: expected a loader that can be iterated, found {type(loader).__name__}.")
-        return loader
-
-    def _continue_in(self, resolved: Resolved | None, *, auto: bool) -> None:
-        """Point loggers at the version that the checkpoint came from, before anything is written."""
-        self.resumed_from = self.ckpt_path = None
-        self.continues_version = False
-        if resolved is None:
-            return
-        self.resumed_from = self.ckpt_path = os.path.abspath(resolved.path)
-        if not auto:
-            return
-        saved_states = resolved.payload["holdfast"].get("loggers", [])
-        for logger, saved in zip(self.loggers, saved_states, strict=False):
-            version = saved["state"].get("version") if resolved.version is None else resolved.version
-            if version is not None:
-                logger.resume_in(version)
-                self.continues_version = True
-
-    def _configure_optimizers(self, model: LightningModule) -> None:
-        self.optimizers, self.lr_scheduler_configs = read_configuration(
-            model.configure_optimizers(), automatic=model.automatic_optimization
-        )
-        self.wrapped_optimizers = [LightningOptimizer(optimizer, self) for optimizer in self.optimizers]
-
     @property
     def optimization(self) -> Any:
         """The running fit's optimization, automatic or manual."""
         if self.fit_loop is None:
             raise RuntimeError("Optimizers step during fit only.")
         return self.fit_loop.optimization
-
-    def _send_hyperparameters(self) -> None:
-        if not self.loggers or not self._log_hyperparameters:
-            return
-        values: dict[str, Any] = {}
-        for owner in (self.datamodule, self._module):
-            if isinstance(owner, HyperparametersMixin) and owner._log_hyperparams:
-                values.update(owner.hparams_initial)
-        for logger in self.loggers:
-            if values:
-                logger.log_hyperparams(values)
-            logger.save()
-
-    def _evaluate(
-        self,
-        fn: TrainerFn,
-        model: LightningModule | None,
-        dataloaders: Any,
-        datamodule: Any,
-        ckpt_path: str | os.PathLike[str] | None,
-        verbose: bool,
-        keep_outputs: bool = False,
-    ) -> Any:
-        stage, kind, step = _STAGES[fn]
-        if isinstance(dataloaders, LightningDataModule):
-            datamodule, dataloaders = dataloaders, None
-        if model is None:
-            if self._module is None:
-                raise ConfigError(f"trainer.{fn}() without a model works after fit only. Give it one.")
-            model = self._module
-            datamodule = self.datamodule if datamodule is None and dataloaders is None else datamodule
-            if ckpt_path is None and getattr(self.checkpoint_callback, "best_model_path", ""):
-                ckpt_path = "best"
-        self._attach(model, datamodule)
-        if not is_overridden(step, model) and not (fn is TrainerFn.PREDICTING and is_overridden("forward", model)):
-            raise ConfigError(f"{type(model).__name__} has no {step}. trainer.{fn} needs it.")
-        if not self._has_loader(kind, dataloaders):
-            raise ConfigError(
-                f"There is no data for trainer.{fn}: give dataloaders=, a datamodule, or define "
-                f"{type(model).__name__}.{kind}_dataloader."
-            )
-        resolved = resolve(self, ckpt_path, for_fit=False)
-        self.ckpt_path = None if resolved is None else os.path.abspath(resolved.path)
-        self._setup(str(fn))
-        if resolved is not None:
-            state.restore_model(self, resolved.payload, os.path.basename(resolved.path))
-            rank_zero_info(f"weights from {os.path.relpath(resolved.path)}")
-        model.to(self.strategy.root_device)
-        limits = {"val": self.limit_val_batches, "test": self.limit_test_batches, "predict": self.limit_predict_batches}
-        self._send_hyperparameters()
-        self.state.stage = stage
-        loop = EvaluationLoop(self, stage, self._loader(kind, dataloaders), (limits[kind], f"limit_{kind}_batches"))
-        self._evaluation = loop
-        results = loop.run(0, keep_outputs=keep_outputs)
-        for logger in self.loggers:
-            logger.save()
-        self._teardown(str(fn))
-        if fn is TrainerFn.PREDICTING:
-            self.predictions = results if not keep_outputs or len(results) != 1 else results[0]
-            return self.predictions if keep_outputs else None
-        if verbose and self.is_global_zero:
-            from holdfast.training.results_table import show
-
-            show(str(fn), results)
-        return results
-
-
-def _all_loaders(loaders: Iterable[Any]) -> bool:
-    return all(isinstance(loader, torch.utils.data.DataLoader) for loader in loaders)

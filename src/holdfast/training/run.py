@@ -1,0 +1,275 @@
+"""How a request to the trainer runs, from attaching the model to closing the loggers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from holdfast.callbacks.base import Callback
+from holdfast.errors import ConfigError
+from holdfast.training import configuration, state
+from holdfast.training.evaluation import EvaluationLoop
+from holdfast.training.hooks import call, is_overridden
+from holdfast.training.hparams import HyperparametersMixin
+from holdfast.training.loops import FitLoop
+from holdfast.training.optimization import LightningOptimizer, read_configuration
+from holdfast.training.progress import RunningStage, TrainerFn, TrainerStatus
+from holdfast.training.resume import Resolved, resolve
+from holdfast.training.sources import find_loader, find_train_loader, has_loader
+from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from holdfast.training.module import LightningModule
+    from holdfast.training.trainer import Trainer
+
+T = TypeVar("T")
+
+# What is asked -> (stage, kind of loader, the step that the module must have, the limit on batches)
+_EVALUATIONS = {
+    TrainerFn.VALIDATING: (RunningStage.VALIDATING, "val", "validation_step"),
+    TrainerFn.TESTING: (RunningStage.TESTING, "test", "test_step"),
+    TrainerFn.PREDICTING: (RunningStage.PREDICTING, "predict", "predict_step"),
+}
+
+
+def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
+    """Run a request; whatever ends it, callbacks hear of it and loggers write out what they have."""
+    trainer.state.fn, trainer.state.status = fn, TrainerStatus.RUNNING
+    trainer.should_stop = False
+    trainer.save_requests.clear()
+    try:
+        result = run()
+    except BaseException as error:
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        if trainer.model is not None:
+            _tell_of(trainer, error)
+        raise
+    else:
+        trainer.state.status = TrainerStatus.FINISHED
+        return result
+    finally:
+        trainer.state.stage = None
+        if trainer.model is not None:
+            trainer.model._results = None
+
+
+def _tell_of(trainer: Trainer, error: BaseException) -> None:
+    for callback in trainer.callbacks:
+        callback.on_exception(trainer, trainer.lightning_module, error)
+    if trainer.datamodule is not None:
+        trainer.datamodule.on_exception(error)
+    if trainer.save_requests:
+        try:
+            # Wherever it happened, it was not at a safe point.
+            trainer.safe_point(exact=False)
+        except Exception as problem:  # the error that ended the run is the one to raise
+            rank_zero_warn(f"The run ended with {type(error).__name__}, and saving it failed: {problem}")
+    for logger in trainer.loggers:
+        logger.finalize("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+
+def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
+    trainer.model = model
+    model.trainer = trainer
+    model._results = trainer.metrics.train
+    trainer.datamodule = datamodule
+    if datamodule is not None:
+        datamodule.trainer = trainer
+    own = model.configure_callbacks()
+    own = [own] if isinstance(own, Callback) else list(own or [])
+    if own:
+        replaced = {type(callback) for callback in own}
+        kept = [callback for callback in trainer.callbacks if type(callback) not in replaced]
+        trainer.callbacks = configuration.ordered(kept + own)
+
+
+def _setup(trainer: Trainer, stage: str) -> None:
+    model, datamodule = trainer.lightning_module, trainer.datamodule
+    for owner in (datamodule, model):
+        if is_overridden("prepare_data", owner):
+            owner.prepare_data()
+    if datamodule is not None:
+        datamodule.setup(stage=stage)
+    call(trainer, "setup", stage, only="callbacks")
+    model.setup(stage=stage)
+    if is_overridden("configure_model", model):
+        model.configure_model()
+
+
+def _teardown(trainer: Trainer, stage: str) -> None:
+    if trainer.datamodule is not None:
+        trainer.datamodule.teardown(stage=stage)
+    call(trainer, "teardown", stage, only="callbacks")
+    trainer.lightning_module.teardown(stage=stage)
+
+
+def _send_hyperparameters(trainer: Trainer) -> None:
+    if not trainer.log_hyperparameters:
+        return
+    values: dict[str, Any] = {}
+    for owner in (trainer.datamodule, trainer.model):
+        if isinstance(owner, HyperparametersMixin) and owner._log_hyperparams:
+            values.update(owner.hparams_initial)
+    for logger in trainer.loggers:
+        if values:
+            logger.log_hyperparams(values)
+        logger.save()
+
+
+# -- fit -----------------------------------------------------------------------------------------------------
+
+
+def fit(
+    trainer: Trainer,
+    model: LightningModule,
+    train: Any,
+    val: Any,
+    datamodule: Any,
+    ckpt_path: str | os.PathLike[str] | None,
+) -> None:
+    """Train; see `Trainer.fit`. The checkpoint is read and verified before anything else happens."""
+    _attach(trainer, model, datamodule)
+    _check_fit(trainer, model, train)
+    trainer.fit_loop = trainer.evaluation_loop = None
+    trainer.enable_validation = (
+        bool(trainer.limit_val_batches)
+        and is_overridden("validation_step", model)
+        and has_loader(trainer, "val", val)
+    )
+    resolved = resolve(trainer, ckpt_path, for_fit=True)
+    _continue_in(trainer, resolved, auto=ckpt_path == "auto")
+    _setup(trainer, "fit")
+    source = "" if resolved is None else os.path.basename(resolved.path)
+    if resolved is not None:
+        state.restore_model(trainer, resolved.payload, source)
+    model.to(trainer.strategy.root_device)
+    trainer.fit_loop = FitLoop(
+        trainer,
+        lambda: find_train_loader(trainer, train),
+        lambda: find_loader(trainer, "val", val),
+        None if resolved is None else resolved.payload["holdfast"],
+    )
+    trainer.optimizers, trainer.lr_scheduler_configs = read_configuration(
+        model.configure_optimizers(), automatic=model.automatic_optimization
+    )
+    trainer.wrapped_optimizers = [LightningOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
+    if resolved is not None:
+        state.restore_training(trainer, resolved.payload, source)
+        state.describe_resume(trainer, resolved.payload, resolved.path, resolved.skipped)
+        # All of it is in place now, and optimizer state need not be in memory twice.
+        resolved.payload.clear()
+    _send_hyperparameters(trainer)
+    watched: AbstractContextManager[Any] = (
+        torch.autograd.set_detect_anomaly(True) if trainer.detect_anomaly else nullcontext()
+    )
+    with watched:
+        call(trainer, "on_fit_start")
+        trainer.fit_loop.sanity_check()
+        trainer.fit_loop.run()
+        call(trainer, "on_fit_end")
+    trainer.engine.wait()
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    _teardown(trainer, "fit")
+
+
+def _check_fit(trainer: Trainer, model: LightningModule, train: Any) -> None:
+    name = type(model).__name__
+    for hook, what in (
+        ("training_step", "computes the loss"),
+        ("configure_optimizers", "returns the optimizer"),
+    ):
+        if not is_overridden(hook, model):
+            raise ConfigError(f"{name} has no {hook}. trainer.fit needs it: define {hook}, which {what}.")
+    if not has_loader(trainer, "train", train):
+        raise ConfigError(
+            "There is no training data: give trainer.fit(model, train_dataloaders=...), a datamodule, "
+            f"or define {name}.train_dataloader."
+        )
+    if not model.automatic_optimization and (
+        trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1
+    ):
+        raise ConfigError(
+            "Trainer(gradient_clip_val=, accumulate_grad_batches=) have no effect with manual optimization. "
+            "Leave them out; clip with self.clip_gradients and accumulate in training_step."
+        )
+
+
+def _continue_in(trainer: Trainer, resolved: Resolved | None, *, auto: bool) -> None:
+    """Point loggers at the version that the checkpoint came from, before anything is written."""
+    trainer.resumed_from = trainer.ckpt_path = None
+    trainer.continues_version = False
+    if resolved is None:
+        return
+    trainer.resumed_from = trainer.ckpt_path = os.path.abspath(resolved.path)
+    if not auto:
+        return
+    for logger, saved in zip(trainer.loggers, resolved.payload["holdfast"].get("loggers", []), strict=False):
+        version = saved["state"].get("version") if resolved.version is None else resolved.version
+        if version is not None:
+            logger.resume_in(version)
+            trainer.continues_version = True
+
+
+# -- validate, test, predict ---------------------------------------------------------------------------------
+
+
+def evaluate(
+    trainer: Trainer,
+    fn: TrainerFn,
+    model: LightningModule | None,
+    dataloaders: Any,
+    datamodule: Any,
+    ckpt_path: str | os.PathLike[str] | None,
+    *,
+    verbose: bool = False,
+    keep_outputs: bool = False,
+) -> Any:
+    """Validate, test or predict; see the methods of `Trainer`."""
+    stage, kind, step = _EVALUATIONS[fn]
+    if model is None:
+        if trainer.model is None:
+            raise ConfigError(f"trainer.{fn}() without a model works after fit only. Give it one.")
+        model = trainer.model
+        datamodule = trainer.datamodule if datamodule is None and dataloaders is None else datamodule
+        if ckpt_path is None and getattr(trainer.checkpoint_callback, "best_model_path", ""):
+            ckpt_path = "best"
+    _attach(trainer, model, datamodule)
+    predicts = fn is TrainerFn.PREDICTING
+    if not is_overridden(step, model) and not (predicts and is_overridden("forward", model)):
+        raise ConfigError(f"{type(model).__name__} has no {step}. trainer.{fn} needs it.")
+    if not has_loader(trainer, kind, dataloaders):
+        raise ConfigError(
+            f"There is no data for trainer.{fn}: give dataloaders=, a datamodule, or define "
+            f"{type(model).__name__}.{kind}_dataloader."
+        )
+    resolved = resolve(trainer, ckpt_path, for_fit=False)
+    trainer.ckpt_path = None if resolved is None else os.path.abspath(resolved.path)
+    _setup(trainer, str(fn))
+    if resolved is not None:
+        state.restore_model(trainer, resolved.payload, os.path.basename(resolved.path))
+        rank_zero_info(f"weights from {os.path.relpath(resolved.path)}")
+    model.to(trainer.strategy.root_device)
+    _send_hyperparameters(trainer)
+    trainer.state.stage = stage
+    argument = f"limit_{kind}_batches"
+    loop = EvaluationLoop(
+        trainer, stage, find_loader(trainer, kind, dataloaders), (getattr(trainer, argument), argument)
+    )
+    trainer.evaluation_loop = loop
+    results = loop.run(0, keep_outputs=keep_outputs)
+    for logger in trainer.loggers:
+        logger.save()
+    _teardown(trainer, str(fn))
+    if predicts:
+        trainer.predictions = results[0] if keep_outputs and len(results) == 1 else results
+        return trainer.predictions if keep_outputs else None
+    if verbose and trainer.is_global_zero:
+        from holdfast.training.results_table import show
+
+        show(str(fn), results)
+    return results

@@ -1,0 +1,241 @@
+"""metrics.csv and hparams.yaml: what is in them, after a crash and after a resume too."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.loggers import CSVLogger
+from holdfast.utilities.rank_zero import rank_zero_only
+
+
+def text(logger: CSVLogger) -> str:
+    return Path(logger.experiment.metrics_file_path).read_text()
+
+
+def rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_where_things_go(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    assert (logger.name, logger.version) == ("lightning_logs", 0)
+    assert logger.save_dir == str(tmp_path)
+    assert logger.root_dir == str(tmp_path / "lightning_logs")
+    assert logger.log_dir == str(tmp_path / "lightning_logs" / "version_0")
+    assert logger.experiment.metrics_file_path == str(
+        tmp_path / "lightning_logs" / "version_0" / "metrics.csv"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_without_a_name_and_with_a_version_of_ones_own(tmp_path: Path, name: str | None) -> None:
+    logger = CSVLogger(tmp_path, name=name, version="mine")
+    assert logger.name == ""
+    assert logger.log_dir == str(tmp_path / "mine")
+
+
+def test_the_next_free_version_is_taken_when_first_needed(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="a")
+    (tmp_path / "a" / "version_7").mkdir(parents=True)
+    (tmp_path / "a" / "version_x").mkdir()
+    assert logger.version == 8
+
+
+def test_values_and_columns(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"b": torch.tensor(1.5), "a": 2, "epoch": 0}, step=3)
+    logger.log_metrics({"B": numpy.float64(0.1), "c": math.nan, "x": "text, quoted"}, step=4)
+    logger.save()
+    assert text(logger) == 'B,a,b,c,epoch,step,x\n,2,1.5,,0,3,\n0.1,,,nan,,4,"text, quoted"\n'
+    assert logger.experiment.metrics == []
+
+
+def test_a_new_column_keeps_the_rows(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+    logger.log_metrics({"a": 2.0}, step=1)
+    logger.save()
+    logger.log_metrics({"b": 3.0}, step=2)
+    logger.finalize("success")
+    assert text(logger) == "a,b,step\n1.0,,0\n2.0,,1\n,3.0,2\n"
+    assert os.listdir(logger.log_dir) == ["metrics.csv"]
+
+
+def test_prefix(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, prefix="p")
+    logger.log_metrics({"a": 1, "epoch": 2}, step=1)
+    logger.save()
+    assert text(logger) == "p-a,p-epoch,step\n1,2,1\n"
+
+
+def test_rows_stay_unwritten_for_as_many_steps_as_asked(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=10)
+    for step in range(9):
+        logger.log_metrics({"a": step}, step=step)
+    assert not os.path.exists(logger.experiment.metrics_file_path)
+    logger.log_metrics({"a": 9}, step=9)
+    assert len(rows(logger.experiment.metrics_file_path)) == 10
+    logger.log_metrics({"a": 19}, step=19)
+    assert len(rows(logger.experiment.metrics_file_path)) == 11
+
+
+def test_an_earlier_runs_file_in_the_version_is_kept(tmp_path: Path) -> None:
+    for value in (1.0, 2.0, 3.0):
+        logger = CSVLogger(tmp_path, version=0)
+        logger.log_metrics({"a": value}, step=0)
+        logger.save()
+    directory = Path(logger.log_dir)
+    found = {path.name: path.read_text() for path in directory.iterdir()}
+    assert found == {
+        "metrics-v1.csv": "a,step\n1.0,0\n",
+        "metrics-v2.csv": "a,step\n2.0,0\n",
+        "metrics.csv": "a,step\n3.0,0\n",
+    }
+
+
+def log_run(logger: CSVLogger, start: int, stop: int) -> Iterator[int]:
+    for step in range(start, stop):
+        logger.log_metrics({"loss": 1 / (step + 1)}, step=step)
+        if step % 4 == 3:
+            logger.log_metrics({f"val_{step // 8}": step * 0.1, "epoch": step // 4}, step=step)
+        yield step
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    saved=st.integers(0, 20),
+    more=st.integers(0, 12),
+    flush=st.sampled_from([1, 3, 100]),
+    cut=st.integers(0, 9),
+)
+def test_killed_and_resumed_it_is_the_file_of_a_run_that_never_stopped(
+    tmp_path_factory: pytest.TempPathFactory, saved: int, more: int, flush: int, cut: int
+) -> None:
+    straight = CSVLogger(tmp_path_factory.mktemp("a"), flush_logs_every_n_steps=flush)
+    list(log_run(straight, 0, 24))
+    straight.save()
+
+    root = tmp_path_factory.mktemp("b")
+    first = CSVLogger(root, flush_logs_every_n_steps=flush)
+    list(log_run(first, 0, saved))
+    state = first.state_dict()
+    list(log_run(first, saved, min(saved + more, 24)))
+    path = first.experiment.metrics_file_path
+    if more and cut and os.path.exists(path) and first.experiment.rows_written > state["rows"]:
+        os.truncate(path, os.path.getsize(path) - 1)  # the last line was cut short
+
+    second = CSVLogger(root, flush_logs_every_n_steps=flush)
+    second.resume_in(0)
+    second.load_state_dict(state)
+    list(log_run(second, saved, 24))
+    second.save()
+    assert text(second) == text(straight)
+
+
+def test_resuming_in_another_version_leaves_the_old_one_alone(tmp_path: Path) -> None:
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"a": 1.0}, step=0)
+    state = first.state_dict()
+    second = CSVLogger(tmp_path)
+    second.load_state_dict(state)
+    second.log_metrics({"a": 2.0}, step=1)
+    second.save()
+    assert (first.version, second.version) == (0, 1)
+    assert text(first) == "a,step\n1.0,0\n"
+    assert text(second) == "a,step\n2.0,1\n"
+
+
+def test_resume_in_a_version_without_a_state_appends(tmp_path: Path) -> None:
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"a": 1.0}, step=0)
+    first.save()
+    second = CSVLogger(tmp_path)
+    second.resume_in(0)
+    second.log_metrics({"a": 2.0}, step=1)
+    second.save()
+    assert text(second) == "a,step\n1.0,0\n2.0,1\n"
+
+
+def test_rows_that_were_lost_are_said(tmp_path: Path) -> None:
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"a": 1.0}, step=0)
+    first.log_metrics({"a": 2.0}, step=1)
+    state = first.state_dict()
+    path = first.experiment.metrics_file_path
+    Path(path).write_text("a,step\n1.0,0\n")
+    second = CSVLogger(tmp_path, version=0)
+    second.load_state_dict(state)
+    second.log_metrics({"a": 3.0}, step=2)
+    with pytest.warns(UserWarning, match="rows") as caught:
+        second.save()
+    assert str(caught[0].message) == (
+        f"{path} has 1 rows; the checkpoint was written after 2. The missing ones were lost before the resume."
+    )
+    assert text(second) == "a,step\n1.0,0\n3.0,2\n"
+
+
+def test_hyperparameters_are_plain_yaml(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.log_hyperparams(
+        Namespace(lr=0.1, path=Path("x"), nothing=None, nested={"a": [1, (2, 3)]}, kind=torch.float32)
+    )
+    logger.log_hyperparams({"more": True})
+    written = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
+    assert written == {
+        "lr": 0.1,
+        "path": "x",
+        "nothing": None,
+        "nested": {"a": [1, [2, 3]]},
+        "kind": "torch.float32",
+        "more": True,
+    }
+    assert logger.experiment.hparams["path"] == Path("x")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.log_hyperparams({"a": 1})
+    logger.save()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def lightning_csv_logger() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("lightning.pytorch.loggers").CSVLogger
+
+
+def test_same_file_as_lightning(tmp_path: Path, lightning_csv_logger: Any) -> None:
+    found = []
+    for number, kind in enumerate((CSVLogger, lightning_csv_logger)):
+        logger = kind(tmp_path / str(number), flush_logs_every_n_steps=3)
+        for step in range(8):
+            logger.log_metrics({"train_loss": torch.tensor(0.1) * step, "epoch": 0}, step=step)
+            if step % 3 == 2:
+                logger.log_metrics({f"val/{step}": float(step)}, step=step)
+        logger.save()
+        logger.finalize("success")
+        directory = os.path.relpath(logger.log_dir, tmp_path / str(number))
+        with open(logger.experiment.metrics_file_path) as file:
+            found.append((directory, file.read()))
+    assert found[0] == found[1]
