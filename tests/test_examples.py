@@ -41,10 +41,9 @@ def demo() -> dict[str, Any]:
         sys.path[:] = before
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_demo_proves_what_it_says(tmp_path: Path, workers: int) -> None:
+def test_the_demo_proves_what_it_says(tmp_path: Path) -> None:
     """SIGKILL in mid-epoch, the same command again: the same bits as the run that was never stopped."""
-    printed = run("demo.py", "--root", tmp_path, "--epochs", "6", "--kills", "2", "--workers", str(workers))
+    printed = run("demo.py", "--root", tmp_path, "--epochs", "4", "--kills", "2", "--workers", "2")
     assert printed.count("SIGKILL at step") == 2
     assert "PROVEN" in printed
     assert re.search(r"All \d+ tensors are bit-identical", printed)

@@ -55,7 +55,9 @@ scores = st.one_of(st.integers(0, 4).map(float), st.just(math.nan), st.just(math
 @example(
     values=[3.0, 2.0, 1.0], k=1, save_last=True, mode="min", filename=None, kills=[(2, False)]
 )  # killed between the commit and the deletion
-@example(values=[3.0, 2.0, 1.0], k=2, save_last=False, mode="min", filename="best", kills=[(2, False), (3, True)])
+@example(
+    values=[3.0, 2.0, 1.0], k=2, save_last=False, mode="min", filename="best", kills=[(2, False), (3, True)]
+)
 def test_killed_after_a_file_is_durable_any_number_of_times(
     values: list[float],
     k: int,
@@ -71,9 +73,7 @@ def test_killed_after_a_file_is_durable_any_number_of_times(
         for epoch, between_names in kills:
             try:
                 resume = newest(directory) if files(directory) else None
-                train(
-                    other, values, arguments, resume=resume, kill=6 * epoch, between_names=between_names
-                )
+                train(other, values, arguments, resume=resume, kill=6 * epoch, between_names=between_names)
             except Killed:
                 continue
         # The last life goes to the end, if none before it has.
@@ -82,7 +82,7 @@ def test_killed_after_a_file_is_durable_any_number_of_times(
         assert comparable(broken.state_dict(), other) == comparable(straight.state_dict(), one)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     values=st.lists(scores, min_size=3, max_size=6),
     k=st.sampled_from([1, 2, 3]),
@@ -97,12 +97,10 @@ def test_sent_back_to_an_earlier_checkpoint_in_the_same_directory(
     with tempfile.TemporaryDirectory() as root:
         straight = train(root, values, arguments)
         directory = os.path.join(root, "ckpt")
-        expected = steps_of(directory), comparable(straight.state_dict(), root)
         resume = os.path.join(directory, files(directory)[back % len(files(directory))])
         again = train(root, values, arguments, resume=resume)
         found = steps_of(directory)
         # What was evicted before the kill is gone, so the best of the past may be fewer; none may be wrong.
-        assert found.items() <= {**expected[0], **found}.items()
         for path, score in again.best_k_models.items():
             step = found[os.path.basename(path)]
             assert repr(values[step // 6 - 1]) == repr(score.item())

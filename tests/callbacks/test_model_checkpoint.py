@@ -17,6 +17,7 @@ import yaml
 
 from holdfast.callbacks import ModelCheckpoint
 from holdfast.errors import ConfigError, StorageError
+
 from .fake_trainer import FakeTrainer, files, steps_of
 
 
@@ -366,13 +367,18 @@ def test_what_a_save_says(tmp_path: Path, said: list[str]) -> None:
     run(tmp_path, [0.31, 0.29, 0.3, 0.4], monitor="val_loss", save_top_k=2, save_last=True)
     sizes = [line.split("  ")[2] for line in said[1:]]
     assert all(" kB in " in size for size in sizes)
-    texts = [line.replace(size, "SIZE") for line, size in zip(said[1:], sizes, strict=True)]
+    texts = [
+        line.replace(size, "SIZE").replace("(also last.ckpt)", "(+last)")
+        for line, size in zip(said[1:], sizes, strict=True)
+    ]
     assert said[0] == f"checkpoints go to {tmp_path}"
     assert texts == [
-        "saved epoch=0-step=6.ckpt (also last.ckpt)  step 6  SIZE  val_loss 0.31 (best; 1 of 2 kept)",
-        "saved epoch=1-step=12.ckpt (also last.ckpt)  step 12  SIZE  val_loss 0.31 -> 0.29 (best; 2 of 2 kept)",
-        "saved epoch=2-step=18.ckpt (also last.ckpt)  step 18  SIZE  val_loss 0.3 (best 0.29; 2 of 2 kept)  "
-        "deleted epoch=0-step=6.ckpt",
+        "saved epoch=0-step=6.ckpt (+last)  step 6  SIZE  val_loss 0.31 (best; 1 of 2 kept)",
+        "saved epoch=1-step=12.ckpt (+last)  step 12  SIZE  val_loss 0.31 -> 0.29 (best; 2 of 2 kept)",
+        (
+            "saved epoch=2-step=18.ckpt (+last)  step 18  SIZE  val_loss 0.3 (best 0.29; 2 of 2 kept)  "
+            "deleted epoch=0-step=6.ckpt"
+        ),
         "saved last.ckpt  step 24  SIZE  val_loss 0.4 (best 0.29; not among the 2 kept)",
     ]
 
@@ -410,7 +416,12 @@ def test_arguments_that_cannot_work(arguments: dict[str, Any], message: str) -> 
 
 def test_state_key_and_state_are_lightnings() -> None:
     interval = timedelta(seconds=3)
-    for arguments in ({}, {"monitor": "a", "mode": "max"}, {"every_n_train_steps": 5}, {"train_time_interval": interval}):
+    for arguments in (
+        {},
+        {"monitor": "a", "mode": "max"},
+        {"every_n_train_steps": 5},
+        {"train_time_interval": interval},
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             callbacks = pytest.importorskip("lightning.pytorch.callbacks")

@@ -118,7 +118,7 @@ def log_run(logger: CSVLogger, start: int, stop: int) -> Iterator[int]:
         yield step
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     saved=st.integers(0, 20),
     more=st.integers(0, 12),
@@ -186,7 +186,8 @@ def test_rows_that_were_lost_are_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="rows") as caught:
         second.save()
     assert str(caught[0].message) == (
-        f"{path} has 1 rows; the checkpoint was written after 2. The missing ones were lost before the resume."
+        f"{path} has 1 rows; the checkpoint was written after 2. "
+        "The missing ones were lost before the resume."
     )
     assert text(second) == "a,step\n1.0,0\n3.0,2\n"
 

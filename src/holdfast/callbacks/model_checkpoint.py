@@ -18,7 +18,7 @@ from holdfast.callbacks.base import STEP_OUTPUT
 from holdfast.callbacks.checkpoint_view import as_scalar, rank
 from holdfast.callbacks.kept_checkpoints import CheckpointPlan, KeptCheckpoints, local_directory
 from holdfast.errors import ConfigError
-from holdfast.utilities.rank_zero import rank_zero_info, warn_once
+from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
@@ -122,6 +122,7 @@ class ModelCheckpoint(KeptCheckpoints):
 
         self._asked: set[str] = set()
         self._names_checked = False
+        self._nan_said = False
         self._validated = False
         self._epoch_ended = False
         self._started_s = 0.0
@@ -370,9 +371,9 @@ class ModelCheckpoint(KeptCheckpoints):
                 return None
             self._ranked_version = version
         score = metrics[self.monitor]
-        if math.isnan(score.item()):
-            warn_once(
-                ("ModelCheckpoint", "nan", self.state_key),
+        if math.isnan(score.item()) and not self._nan_said:
+            self._nan_said = True
+            rank_zero_warn(
                 f"{self.monitor} is NaN at step {trainer.global_step}: a checkpoint with NaN never ranks "
                 "above one with a number.",
             )

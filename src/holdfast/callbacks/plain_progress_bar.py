@@ -52,8 +52,6 @@ class PlainProgressBar(TimedProgressBar):
 
     def _write(self, track: Track, *parts: str) -> None:
         self._last_line = (track, track.done)
-        # The first line would have to wait for a whole interval otherwise.
-        self._next_s = max(self._next_s, time.monotonic() + self._interval_s)
-        texts = [*parts, track.pace_text, track.metrics_text]
-        sys.stderr.write("  ".join([f"{track.name}:", *(text for text in texts if text)]) + "\n")
+        texts = [text for text in (*parts, track.pace_text, track.metrics_text) if text]
+        sys.stderr.write(f"{track.name}: {'  '.join(texts)}\n")
         sys.stderr.flush()

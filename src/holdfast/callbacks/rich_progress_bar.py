@@ -50,6 +50,10 @@ class RichProgressBar(TimedProgressBar):
         """Draw the bar as it is now."""
         self._show(track)
 
+    def renew(self, track: Track) -> None:
+        """Draw the values that validation brought."""
+        self._show(track)
+
     def finish(self, track: Track) -> None:
         """Draw the end of an epoch and keep it until the next; take a bar inside of fit away."""
         if track.epoch is None and self.trainer.state.fn == "fit":

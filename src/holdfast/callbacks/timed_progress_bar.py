@@ -28,7 +28,8 @@ class TimedProgressBar(ProgressBar):
     def __init__(self, interval_s: float) -> None:
         super().__init__()
         self._interval_s = interval_s
-        self._next_s = 0.0
+        self._look_s = 0.0  # when a batch's end is to be looked at
+        self._draw_s = 0.0  # when it is time to draw again
         self._train: Track | None = None
         self._eval: Track | None = None
         self._eval_done = 0
@@ -41,32 +42,39 @@ class TimedProgressBar(ProgressBar):
     def finish(self, track: Track) -> None:
         """Show that ``track`` is through."""
 
+    def renew(self, track: Track) -> None:
+        """Show that new values are there, if that is worth showing between two times to draw."""
+
     def shut(self) -> None:
         """Leave the terminal as it was; called at the end of every run, however it ends."""
         self._train = self._eval = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's bar."""
-        self._next_s = 0.0
         if self.is_enabled:
             self._begin_epoch(trainer)
             assert self._train is not None
             self.draw(self._train)
+            self._draw_s = time.monotonic() + self._interval_s
+            # The first batch has to be seen: the pace is counted from it.
+            self._look_s = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Look at the clock, and draw if it is time."""
         now_s = time.monotonic()
-        if now_s < self._next_s or not self._enabled:
+        if now_s < self._look_s or not self._enabled:
             return
-        self._next_s = now_s + self._interval_s
         # A run that goes on inside an epoch comes here without the epoch's start.
         if self._train is None or self._train.epoch != trainer.current_epoch:
             self._begin_epoch(trainer)
         assert self._train is not None
         self._train.at(batch_idx + 1, now_s, self.get_metrics(trainer, pl_module))
-        self.draw(self._train)
+        if now_s >= self._draw_s:
+            self._draw_s = now_s + self._interval_s
+            self.draw(self._train)
+        self._look_s = self._draw_s
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the epoch's end."""
@@ -166,13 +174,13 @@ class TimedProgressBar(ProgressBar):
             self._train.pace.pause(time.monotonic())
         self._eval = Track(name, _finite(sum(as_list(batches))), None)
         self._eval_done = 0
-        self._next_s = time.monotonic() + self._interval_s
+        self._draw_s = time.monotonic() + self._interval_s
 
     def _eval_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._eval_done += 1
         now_s = time.monotonic()
-        if now_s >= self._next_s and self._eval is not None:
-            self._next_s = now_s + self._interval_s
+        if now_s >= self._draw_s and self._eval is not None:
+            self._draw_s = now_s + self._interval_s
             self._eval.at(self._eval_done, now_s, {})
             self.draw(self._eval)
 
@@ -184,7 +192,7 @@ class TimedProgressBar(ProgressBar):
         if self._train is not None:
             self._train.pace.resume(time.monotonic())
             self._train.metrics = self.get_metrics(trainer, pl_module)
-            self.draw(self._train)
+            self.renew(self._train)
 
 
 def _finite(total: int | float) -> int | None:

@@ -15,8 +15,8 @@ from holdfast.checkpoint.container import Entry
 from holdfast.checkpoint.tensors import Plan, Record
 from holdfast.errors import ConfigError
 
-_COALESCE_BYTES = 8 << 20
-_SMALL_BYTES = 1 << 20
+_COALESCE_BYTES = 4 << 20
+_SMALL_BYTES = 128 << 10
 
 
 @dataclass(frozen=True)

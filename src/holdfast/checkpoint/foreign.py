@@ -115,7 +115,7 @@ class _Archive:
         self._name, self._fd, self._verify = name, fd, verify
         short = os.path.basename(name)
         try:
-            with zipfile.ZipFile(os.fdopen(os.dup(fd), "rb")) as archive:
+            with os.fdopen(os.dup(fd), "rb") as again, zipfile.ZipFile(again) as archive:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError) as error:
             raise CheckpointIncomplete(

@@ -62,9 +62,10 @@ def read_manifest(fd: int, tail: Tail) -> Manifest:
     said = tail.summary.get("records")
     where: dict[str, Any] = said if isinstance(said, dict) else {}
     offset, length, checksum = where.get("offset"), where.get("length"), where.get("crc32")
-    sound = type(offset) is int and type(length) is int and min(offset, length) >= 0
-    if not sound or offset + length > tail.directory:
+    if not (isinstance(offset, int) and isinstance(length, int)):
         raise Damage("its summary does not say where the manifest is")
+    if min(offset, length) < 0 or offset + length > tail.directory:
+        raise Damage("its summary says that the manifest lies outside the file")
     data = os.pread(fd, length, offset)
     if f"{crc32(data):08x}" != checksum:
         raise Damage(f"{container.RECORDS} has checksum {crc32(data):08x}, the summary says {checksum}")
@@ -157,13 +158,13 @@ def _read_batch(fd: int, batch: list[Job], verify: bool) -> Iterator[tuple[int, 
     headers = [memoryview(bytearray(len(job.record.header))) for job in batch]
     first = batch[0]
     if len(batch) == 1 and len(first.into) > _PIECE_BYTES:
-        _fill(fd, [headers[0]], first.record.entry.header, first.record)
+        _fill(fd, [headers[0]], first.record.entry.header, batch)
         checksums = [_read_large(fd, first)]
     else:
         buffers = [
             buffer for pair in zip(headers, (job.into for job in batch), strict=True) for buffer in pair
         ]
-        _fill(fd, buffers, first.record.entry.header, first.record)
+        _fill(fd, buffers, first.record.entry.header, batch)
         checksums = [crc32(job.into) for job in batch]
     for job, header, checksum in zip(batch, headers, checksums, strict=True):
         entry, title = job.record.entry, job.record.title
@@ -177,17 +178,18 @@ def _read_large(fd: int, job: Job) -> int:
     checksum = 0
     for at in range(0, len(job.into), _PIECE_BYTES):
         piece = job.into[at : at + _PIECE_BYTES]
-        _fill(fd, [piece], job.record.entry.offset + at, job.record)
+        _fill(fd, [piece], job.record.entry.offset + at, [job])
         checksum = crc32(piece, checksum)
     return checksum
 
 
-def _fill(fd: int, buffers: list[memoryview], at: int, record: Placed) -> None:
+def _fill(fd: int, buffers: list[memoryview], at: int, batch: list[Job]) -> None:
     wanted = [buffer for buffer in buffers if len(buffer)]
     while wanted:
         count = os.preadv(fd, wanted, at)
         if count == 0:
-            raise Damage(f"the file ends within {record.title}")
+            ends = [job for job in batch if job.record.entry.offset + job.record.entry.length > at]
+            raise Damage(f"the file ends within {ends[0].record.title}")
         at += count
         while wanted and count >= len(wanted[0]):
             count -= len(wanted.pop(0))

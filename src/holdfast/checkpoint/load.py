@@ -96,10 +96,8 @@ def _open(name: str) -> Any:
             hint = f"There is no directory {directory} either."
         else:
             there = sorted(entry for entry in os.listdir(directory) if not entry.startswith("."))
-            near = (
-                difflib.get_close_matches(wanted, there, n=3, cutoff=0.3)
-                or [entry for entry in there if entry.endswith(catalog.SUFFIX)][:3]
-            )
+            there = [entry for entry in there if entry.endswith(catalog.SUFFIX)] or there
+            near = difflib.get_close_matches(wanted, there, n=3, cutoff=0.3) or there[:3]
             hint = "That directory has no checkpoints."
             if near:
                 hint = f"The nearest names there: {', '.join(near)}."

@@ -419,9 +419,11 @@ _BY_BASE: list[tuple[Any, Handler]] = [
     (datetime.timedelta, _timedelta),
 ]
 
+# These go into no container, so they need no guard against loops and depth.
 LEAVES: set[Handler] = {
-    encode_tensor, _int, _number_or_text, _bytes, _bytearray, _path, _datetime, _date, _time,
-    _timedelta, _timezone, _uuid, _decimal, _fraction, _range, _torch_constant, _generator, _numpy_scalar, _unstorable, _enum,
+    encode_tensor, _int, _number_or_text, _bytes, _bytearray, _path, _datetime, _date, _time, _timedelta,
+    _timezone, _uuid, _decimal, _fraction, _range, _torch_constant, _generator, _numpy_scalar, _unstorable,
+    _enum,
 }  # fmt: skip
 
 

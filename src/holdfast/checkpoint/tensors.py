@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 
 LAYOUTS = (
     torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc,
@@ -85,7 +85,7 @@ class Record:
             whole = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
             for at in range(self.start, self.start + self.length, CHUNK_BYTES):
                 piece = whole[at : min(at + CHUNK_BYTES, self.start + self.length)].cpu()
-                yield _bytes_of(piece)
+                yield _memory_of(piece)
 
 
 def _dense_chunks(tensor: torch.Tensor) -> Iterator[Any]:
@@ -96,12 +96,13 @@ def _dense_chunks(tensor: torch.Tensor) -> Iterator[Any]:
         return
     rows = max(1, CHUNK_BYTES // max(1, row_bytes))
     for at in range(0, tensor.shape[0], rows):
-        piece = tensor[at : at + rows].to("cpu", memory_format=torch.contiguous_format).contiguous()
-        yield _bytes_of(piece)
+        piece = tensor[at : at + rows].contiguous().cpu()
+        yield _memory_of(piece)
 
 
-def _bytes_of(piece: torch.Tensor) -> bytes:
-    return ctypes.string_at(piece.data_ptr(), piece.numel() * piece.element_size())
+def _memory_of(piece: torch.Tensor) -> memoryview:
+    """The bytes of a dense tensor in host memory, which whoever asks keeps alive."""
+    return memory(piece.data_ptr(), piece.numel() * piece.element_size())
 
 
 class Span:

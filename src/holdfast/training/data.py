@@ -52,33 +52,34 @@ class _SeededSampler:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[Any]:
-        inner = iter(self._inner)
+        # A generator, so that all of this happens when the first batch is asked for: DataLoader calls this
+        # twice for the first epoch of its workers.
         stream = self._stream
-        # DataLoader draws one number from the run's generator here: when its iterator is made, so not in later
-        # epochs of persistent workers, which a run that resumes there could not follow. The copy draws its
-        # own from elsewhere; this one keeps the order of rows that torch gives for the same seed.
+        inner = iter(self._inner)
+        # DataLoader draws one number from the run's generator for its workers: when they are started, so not
+        # in later epochs of persistent ones, which a run that resumes there could not follow. The copy draws
+        # its own from elsewhere; this one keeps the order of rows that torch gives for the same seed.
         torch.empty((), dtype=torch.int64).random_(generator=stream.loader.generator)
-        if stream.position:
-            end = object()
-            for _ in range(stream.position):
-                if next(inner, end) is end:
-                    break
+        batch = stream.position
+        end = object()
+        for _ in range(batch):
+            if next(inner, end) is end:
+                return
+        base = stream.seed_base
         if stream.workers:
-            return self._seeded(inner)
-        return self._isolated(inner) if stream.isolated else inner
-
-    def _seeded(self, inner: Iterator[Any]) -> Iterator[Any]:
-        base = self._stream.seed_base
-        for batch, indices in enumerate(inner, self._stream.position):
-            yield _SeededIndices(rng.mix(base, batch), indices)
-
-    def _isolated(self, inner: Iterator[Any]) -> Iterator[Any]:
-        # The sampler draws from the run's own generators; the fetch that follows a yield, in this process,
-        # must not. `BatchStream` leaves the isolation when the batch is there.
-        base, enter = self._stream.seed_base, self._stream.isolation.enter
-        for batch, indices in enumerate(inner, self._stream.position):
-            enter(rng.mix(base, batch))
-            yield indices
+            for indices in inner:
+                yield _SeededIndices(rng.mix(base, batch), indices)
+                batch += 1
+        elif stream.isolated:
+            # The sampler draws from the run's own generators; the fetch that follows a yield, in this
+            # process, must not. `BatchStream` leaves the isolation when the batch is there.
+            enter = stream.isolation.enter
+            for indices in inner:
+                enter(rng.mix(base, batch))
+                yield indices
+                batch += 1
+        else:
+            yield from inner
 
 
 def _never_draws(loader: DataLoader[Any]) -> bool:

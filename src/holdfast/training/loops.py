@@ -145,10 +145,10 @@ class FitLoop:
         if self.finished:
             self.setup_data()
             reason = "the run was told to stop" if trainer.should_stop else "a limit is reached"
+            epochs = progress.epoch + (progress.stage == END)
             rank_zero_info(
-                f"already finished: {reason} (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}; "
-                f"{progress.epoch + (progress.stage == END)} epochs, {progress.global_step} steps are done). "
-                "Raise the limit to train on."
+                f"already done: {reason} (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
+                f"{epochs} epochs, {progress.global_step} steps are done). Raise the limit to train on."
             )
             if self._resumed is not None:
                 state.restore_run(trainer, self._resumed)

@@ -97,7 +97,7 @@ class Progress:
     should_stop: bool = False
     """Whether somebody, such as EarlyStopping, had told the run to stop."""
     limits: list[int | None] = field(default_factory=lambda: [None, None])
-    """``max_epochs`` and ``max_steps`` at that time: a run that resumes with other ones is meant to train on."""
+    """``max_epochs`` and ``max_steps`` then: a run that resumes with other ones is meant to train on."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -236,7 +236,8 @@ def evaluate(
             raise ConfigError(f"trainer.{fn}() without a model works after fit only. Give it one.")
         model = trainer.model
         datamodule = trainer.datamodule if datamodule is None and dataloaders is None else datamodule
-        if ckpt_path is None and getattr(trainer.checkpoint_callback, "best_model_path", ""):
+        best: Any = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        if ckpt_path is None and best:
             ckpt_path = "best"
     _attach(trainer, model, datamodule)
     predicts = fn is TrainerFn.PREDICTING

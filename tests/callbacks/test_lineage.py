@@ -1,0 +1,116 @@
+"""Whose a file is, where one may be put, and which may be deleted."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from holdfast.callbacks import lineage
+from holdfast.callbacks.lineage import Claims
+from holdfast.checkpoint.engine import CheckpointEngine
+from holdfast.checkpoint.retention import Found
+
+
+def save(path: Path, step: int, run: str, score: float | None = None, *names: Path) -> str:
+    extra = lineage.summary_extra("key", run=run, names=[str(path), *map(str, names)], score=score)
+    CheckpointEngine().save({"step": step}, path, names=names, summary={"step": step, **extra})
+    return str(path)
+
+
+@pytest.mark.parametrize("score", [0.1, math.inf, -math.inf, math.nan, None])
+def test_a_file_says_whose_it_is_and_what_it_was_ranked_on(tmp_path: Path, score: float | None) -> None:
+    path = save(tmp_path / "a.ckpt", 3, "r", score, tmp_path / "last.ckpt")
+    found = lineage.describe(path)
+    assert repr(found) == repr(Found(path, 3, "r", score))
+    assert lineage.describe(str(tmp_path / "last.ckpt")) == Found(str(tmp_path / "last.ckpt"), 3, "r", None)
+
+
+def test_a_file_of_two_callbacks_belongs_to_each_under_its_own_names(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.ckpt", tmp_path / "other.ckpt"
+    extra = {
+        **lineage.summary_extra("key", run="r", names=[str(one)], score=1.0),
+        **lineage.summary_extra("key", run="q", names=[str(other)], score=2.0),
+    }
+    CheckpointEngine().save({}, one, names=[other], summary={"step": 3, **extra})
+    assert lineage.describe(str(one)) == Found(str(one), 3, "r", 1.0)
+    assert lineage.describe(str(other)) == Found(str(other), 3, "q", 2.0)
+
+
+def test_a_renamed_copy_belongs_to_nobody(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt", 3, "r", 0.1)
+    os.rename(path, tmp_path / "keep-me.ckpt")
+    assert lineage.describe(str(tmp_path / "keep-me.ckpt")) == Found(str(tmp_path / "keep-me.ckpt"), 3)
+
+
+def test_files_that_are_no_checkpoints_are_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "torn.ckpt").write_bytes(b"PK\x03\x04 and no more")
+    assert lineage.describe(str(tmp_path / "torn.ckpt")) is None
+    assert lineage.describe(str(tmp_path / "missing.ckpt")) is None
+    assert lineage.describe_all(str(tmp_path)) == {}
+    assert lineage.describe_all(str(tmp_path / "missing")) == {}
+
+
+def test_where_a_save_may_be_put(tmp_path: Path) -> None:
+    older = save(tmp_path / "older.ckpt", 3, "r")
+    newer = save(tmp_path / "newer.ckpt", 9, "r")
+    used = save(tmp_path / "used.ckpt", 9, "r")
+    foreign = save(tmp_path / "foreign.ckpt", 9, "q")
+    free, reserved = str(tmp_path / "free.ckpt"), str(tmp_path / "reserved.ckpt")
+    claims = Claims("r", 6, frozenset({used}), frozenset({reserved}))
+    paths = (older, newer, used, foreign, free, reserved)
+    assert [claims.allow(path) for path in paths] == [True, True, False, False, True, False]
+    assert claims.allow(used, free=[used])
+    keeps_all = Claims("r", 6, frozenset({used}), keeps_all=True)
+    assert [keeps_all.allow(path) for path in (older, newer)] == [False, True]
+    protecting = Claims("r", 6, frozenset({used}), protected=newer)
+    assert not protecting.allow(newer)
+    assert not protecting.allow(newer, free=[newer])
+    assert [claims.allow_last(path, "") for path in paths] == [True, True, False, False, True, False]
+    assert claims.allow_last(foreign, foreign)
+    assert not Claims(None, 6, frozenset()).allow(older)
+
+
+def test_what_is_never_deleted(tmp_path: Path) -> None:
+    inside = tmp_path / "in"
+    outside = save(tmp_path / "out.ckpt", 3, "r")
+    kept = save(inside / "kept.ckpt", 3, "r")
+    os.link(kept, inside / "link.ckpt")
+    (inside / "directory.ckpt").mkdir()
+    (inside / "elsewhere").symlink_to(tmp_path)
+    for path in (
+        outside,
+        inside / ".." / "out.ckpt",
+        inside / "elsewhere" / "out.ckpt",
+        kept,
+        inside / "link.ckpt",
+        inside / "directory.ckpt",
+        inside / "missing.ckpt",
+    ):
+        assert not lineage.remove(str(path), inside=str(inside), protected=kept)
+    assert lineage.remove(kept, inside=str(inside), protected=None)
+    assert sorted(os.listdir(inside)) == ["directory.ckpt", "elsewhere", "link.ckpt"]
+    assert os.path.exists(outside)
+
+
+def test_a_symlink_is_removed_and_not_what_it_points_to(tmp_path: Path) -> None:
+    target = save(tmp_path / "target.ckpt", 3, "r")
+    (tmp_path / "last.ckpt").symlink_to("target.ckpt")
+    assert lineage.remove(str(tmp_path / "last.ckpt"), inside=str(tmp_path), protected=None)
+    assert os.listdir(tmp_path) == [os.path.basename(target)]
+
+
+def test_a_file_that_will_not_go_is_said_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.ckpt", 3, "r")
+
+    def refuse(path: str) -> None:
+        raise PermissionError(1, "Operation not permitted", path)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.warns(UserWarning, match="made way") as warned:
+        assert not lineage.remove(path, inside=str(tmp_path), protected=None)
+    assert str(warned[0].message) == (
+        f"{path} should have made way for a newer checkpoint, but: [Errno 1] Operation not permitted: '{path}'."
+    )
