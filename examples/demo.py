@@ -123,9 +123,16 @@ def compare(left: Path, right: Path) -> tuple[int, list[str]]:
     return len(ours), sorted(different)
 
 
-def report(whole: Path, killed: Path, kills: list[tuple[int, int, int, int]]) -> bool:
+def same_log(left: Path, right: Path) -> bool:
+    """Whether the two runs' metrics.csv agree in every byte: no gap, no row twice."""
+    first, second = (next(root.rglob("metrics.csv")).read_bytes() for root in (left, right))
+    return first == second
+
+
+def report(whole: Path, killed: Path, kills: list[tuple[int, int, int, int]], epochs: int) -> bool:
     """Print the proof; True if not one bit differs and the model is any good."""
     count, different = compare(whole / "final.ckpt", killed / "final.ckpt")
+    logs_agree = same_log(whole, killed)
     models = [DigitsNet.load_from_checkpoint(root / "final.ckpt") for root in (whole, killed)]
     good = all(accuracy(model) > 0.95 for model in models)
 
@@ -133,23 +140,27 @@ def report(whole: Path, killed: Path, kills: list[tuple[int, int, int, int]]) ->
     table.add_column("")
     table.add_column("never stopped")
     table.add_column("killed and started again")
-    places = [f"at step {step}, in epoch {epoch + 1}, batch {batch}" for step, epoch, batch, _ in kills]
+    places = [f"at step {step}, in epoch {epoch + 1} of {epochs}" for step, epoch, _, _ in kills]
     table.add_row("killed", "-", "\n".join(places))
     again = [f"from step {saved}, {step - saved} batches done again" for step, _, _, saved in kills]
     table.add_row("went on", "-", "\n".join(again))
     table.add_row("accuracy", *(f"{accuracy(model):.2%}" for model in models))
     table.add_row("weights", *(f"{fingerprint(model)[:16]}…" for model in models))
-    verdict = f"[bold green]All {count} tensors are bit-identical:[/] weights, BatchNorm, optimizer."
+    tensors_line = f"[bold green]All {count} tensors are bit-identical:[/] weights, BatchNorm, optimizer."
     if different:
-        verdict = f"[bold red]{len(different)} of {count} tensors differ.[/]"
-    title, colour = ("PROVEN", "green") if good and not different else ("FAILED", "red")
-    body = Group(table, "", verdict)
+        tensors_line = f"[bold red]{len(different)} of {count} tensors differ.[/]"
+    log_line = "[bold green]The logged metrics are the same,[/] row by row."
+    if not logs_agree:
+        log_line = "[bold red]The logged metrics differ.[/]"
+    proven = good and logs_agree and not different
+    title, colour = ("PROVEN", "green") if proven else ("FAILED", "red")
+    body = Group(table, "", tensors_line, log_line)
     console.print(Panel(body, title=f"[bold]{title}[/]", border_style=colour, padding=(1, 2), expand=False))
     for name in different:
         console.print(f"  differs: {name}")
     if not good:
         console.print("[bold red]The accuracy is not above 95%.[/]")
-    return good and not different
+    return proven
 
 
 def main() -> None:
@@ -176,13 +187,13 @@ def main() -> None:
         saved = newest_saved_step(killed)
         kills.append((step, epoch, batch, saved))
         console.print(
-            f"\n[bold red]SIGKILL[/] at step {step}: epoch {epoch + 1}, after batch {batch} of "
-            f"{BATCHES_PER_EPOCH}. Newest checkpoint: step {saved}.\n"
+            f"\n[bold red]SIGKILL[/] at step {step}: epoch {epoch + 1} of {args.epochs}, "
+            f"after batch {batch} of {BATCHES_PER_EPOCH}. Newest checkpoint: step {saved}.\n"
         )
     console.print(Rule("3. The same command once more", style="cyan"))
     run_to_the_end(killed, args)
     console.print()
-    sys.exit(0 if report(whole, killed, kills) else 1)
+    sys.exit(0 if report(whole, killed, kills, args.epochs) else 1)
 
 
 if __name__ == "__main__":

@@ -152,8 +152,8 @@ def main() -> None:
         log_every_n_steps=10,
         callbacks=[
             Pulse(args.root / "pulse.txt"),
-            ModelCheckpoint(every_n_train_steps=args.save_every, filename="newest-{epoch}-{step}"),
-            ModelCheckpoint(monitor="val_acc", mode="max", filename="best-{epoch}-{val_acc:.4f}"),
+            ModelCheckpoint(every_n_train_steps=args.save_every, filename="newest-{step}"),
+            ModelCheckpoint(monitor="val_acc", mode="max", filename="best-{val_acc:.4f}"),
         ],
     )
     trainer.fit(model, datamodule=DigitsData(args.workers), ckpt_path="auto")

@@ -47,6 +47,7 @@ def test_the_demo_proves_what_it_says(tmp_path: Path) -> None:
     assert printed.count("SIGKILL at step") == 2
     assert "PROVEN" in printed
     assert re.search(r"All \d+ tensors are bit-identical", printed)
+    assert "The logged metrics are the same" in printed
     weights = [
         torch.load(tmp_path / name / "final.ckpt", weights_only=True)["state_dict"]
         for name in ("uninterrupted", "killed")

@@ -58,6 +58,9 @@ def test_every_name_is_there_and_none_is_loaded_before_it_is_asked_for() -> None
     with pytest.raises(AttributeError) as caught:
         _ = holdfast.callbacks.Nothing
     assert str(caught.value) == "module 'holdfast.callbacks' has no attribute 'Nothing'"
-    code = "import sys, holdfast.callbacks, holdfast.loggers; print('torch' in sys.modules, 'rich' in sys.modules)"
+    code = (
+        "import sys, holdfast.callbacks, holdfast.loggers;"
+        "print('torch' in sys.modules, 'rich' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False False\n"

@@ -112,5 +112,6 @@ def test_a_file_that_will_not_go_is_said_and_left(tmp_path: Path, monkeypatch: p
     with pytest.warns(UserWarning, match="made way") as warned:
         assert not lineage.remove(path, inside=str(tmp_path), protected=None)
     assert str(warned[0].message) == (
-        f"{path} should have made way for a newer checkpoint, but: [Errno 1] Operation not permitted: '{path}'."
+        f"{path} should have made way for a newer checkpoint, but: "
+        f"[Errno 1] Operation not permitted: '{path}'."
     )

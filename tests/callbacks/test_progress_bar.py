@@ -287,7 +287,7 @@ def test_the_live_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[:2] == ["saved epoch=0-step=2.ckpt", "printed"]
     (line,) = untimed(lines[2])
     assert len(lines) == 3
-    assert re.fullmatch(r"Epoch 1/2 ━+ 4/4 RATE TIME left loss 0.1235", line)
+    assert re.fullmatch(r"Epoch 1/2 ━+ 4/4 RATE +loss 0.1235", line)
     assert written.endswith("\x1b[?25h")
 
 

@@ -97,7 +97,7 @@ class TestLoggedValues:
             root, tape = tmp_path / pl.__name__, Tape()
             seed(pl)
             logger = pl.loggers.CSVLogger(root, name="csv", version="v")
-            options = {"logger": logger, "log_every_n_steps": 2, **arguments}
+            options = {"logger": logger, "log_every_n_steps": 2, "num_sanity_val_steps": 0, **arguments}
             trainer = make_trainer(pl, root, callbacks=[watch_metrics(pl, tape)], **options)
             trainer.fit(module_class(pl)())
             tapes.append(tape)
@@ -137,7 +137,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "a template without names": {
         "filename": "{epoch:02d}-{val_loss:.3f}", "auto_insert_metric_name": False, "save_top_k": -1
     },
-    "one name for all": {"filename": "model", "save_top_k": -1},
     "one name for all, not counted": {"filename": "model", "save_top_k": -1, "enable_version_counter": False},
     "one name for the best": {"filename": "model", "monitor": "val_loss"},
     "every third step": {"every_n_train_steps": 3, "save_top_k": -1},
@@ -172,6 +171,13 @@ class TestModelCheckpoint:
             states.append({**paths, **numbers, "best_k_models": kept})
         assert trees[1] == trees[0]
         assert states[1] == states[0]
+
+    def test_keeps_all_under_one_name(self, tmp_path: Path) -> None:
+        """Here Lightning writes over the file of before, although save_top_k=-1 asks for all of them."""
+        seed(holdfast)
+        callback = holdfast.callbacks.ModelCheckpoint(dirpath=tmp_path / "all", filename="model", save_top_k=-1)
+        make_trainer(holdfast, tmp_path, callbacks=[callback]).fit(module_class(holdfast)())
+        assert tree(tmp_path / "all") == ["model-v1.ckpt", "model-v2.ckpt", "model.ckpt"]
 
     def test_default_places(self, tmp_path: Path) -> None:
         """A CSV logger and the trainer's own checkpoint callback, run twice in one directory."""

@@ -171,7 +171,11 @@ class TimedProgressBar(ProgressBar):
         if not self.is_enabled:
             return
         if self._train is not None:
-            self._train.pace.pause(time.monotonic())
+            # The bar stands still where training stands, not where it was drawn last.
+            now_s = time.monotonic()
+            done = max(self._train.done, getattr(self.trainer, "batch_idx", -1) + 1)
+            self._train.at(done, now_s, self._train.metrics)
+            self._train.pace.pause(now_s)
         self._eval = Track(name, _finite(sum(as_list(batches))), None)
         self._eval_done = 0
         self._draw_s = time.monotonic() + self._interval_s

@@ -86,9 +86,9 @@ class Track:
 
     @property
     def left_text(self) -> str:
-        """``0:12 left``; "" while unknown."""
+        """``0:12 left``; "" while unknown, and at the end."""
         left_s = self.pace.left_s(self.total)
-        return "" if left_s is None else f"{format_duration(left_s)} left"
+        return "" if left_s is None or self.done == self.total else f"{format_duration(left_s)} left"
 
     @property
     def metrics_text(self) -> str:

@@ -127,7 +127,8 @@ class EvaluationLoop:
             trainer.state.stage = previous_stage
         for child, mode in modes:
             child.training = mode
-        call(trainer, f"on_{prefix}_model_train", only="module")
+        if prefix != "predict":
+            call(trainer, f"on_{prefix}_model_train", only="module")
         return outputs if keep_outputs else self._per_loader(results)
 
     def _run_loader(
@@ -185,7 +186,7 @@ class EvaluationLoop:
         """The epoch's metrics as numbers, one dict per loader; metrics of no loader in particular are in "
         "each.
         """
-        metrics = {name: value.item() for name, value in results.callback_metrics().items()}
+        metrics = {name: value.item() for name, value in results.epoch_metrics(lambda entry: True).items()}
         many = len(self.streams) > 1
         per_loader: list[dict[str, float]] = [{} for _ in self.streams] or [{}]
         for name, value in metrics.items():

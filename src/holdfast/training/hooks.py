@@ -86,9 +86,6 @@ class ModuleHooks:
         """Puts the model into evaluation mode for prediction."""
         self.eval()  # type: ignore[attr-defined]
 
-    def on_predict_model_train(self) -> None:
-        """Called when prediction is over and the modules' modes are put back as they were."""
-
     def configure_model(self) -> None:
         """Build what ``__init__`` should not; called before the optimizers are made, and more than once."""
 

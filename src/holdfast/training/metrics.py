@@ -366,11 +366,20 @@ class MetricStore:
                     live[name] = live.get(name, 0) + entry.updates
         return live
 
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """What the loggers got last, and on top of it what they would get of this step."""
+        return {**self.logged, **self._live(lambda entry: entry.logger)}
+
     def bar_metrics(self) -> dict[str, float]:
         """Values for the progress bar, as numbers; reading them waits for the device."""
-        live = dict(self.bar)
-        live.update(self.train.step_metrics(lambda entry: entry.bar))
+        live = {**self.bar, **self._live(lambda entry: entry.bar)}
         return {name: value.item() for name, value in live.items()}
+
+    def _live(self, wanted: Callable[[Entry], bool]) -> dict[str, Tensor]:
+        values = self.train.step_metrics(wanted)
+        if self.train.epoch_ended:
+            values.update(self.train.epoch_metrics(wanted))
+        return values
 
     def publish(self, results: Results) -> dict[str, Tensor]:
         """Take a loop's epoch values into the views; returns those that go to the loggers."""

@@ -141,6 +141,7 @@ def fit(
         and has_loader(trainer, "val", val)
     )
     resolved = resolve(trainer, ckpt_path, for_fit=True)
+    trainer.resumed_automatically = ckpt_path in ("auto", "last")
     _continue_in(trainer, resolved, auto=ckpt_path == "auto")
     _setup(trainer, "fit")
     source = "" if resolved is None else os.path.basename(resolved.path)

@@ -153,8 +153,8 @@ class RunView:
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """What was sent to the loggers last, by name."""
-        return dict(self.metrics.logged)
+        """What the loggers got last, and on top of it what they would get of this step."""
+        return self.metrics.logged_metrics()
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:

@@ -318,6 +318,9 @@ def _restore_callbacks(trainer: Trainer, states: Mapping[str, Any]) -> None:
         if state is not None:
             callback.load_state_dict(state)
     unclaimed = set(states) - {callback.state_key for callback in trainer.callbacks}
+    # A ModelCheckpoint whose interval was changed has another key and finds its state by itself.
+    names = {type(callback).__qualname__ for callback in trainer.checkpoint_callbacks}
+    unclaimed = {key for key in unclaimed if str(key).partition("{")[0] not in names}
     if unclaimed:
         rank_zero_warn(
             "The checkpoint holds the state of callbacks that this trainer does not have: "

@@ -196,7 +196,9 @@ class Trainer(RunView):
         self.ckpt_path: str | None = None
         """The checkpoint that the current or last run was given, resolved to a path."""
         self.resumed_from: str | None = None
-        """The checkpoint that the fit went on from; never deleted."""
+        """The checkpoint that the fit went on from."""
+        self.resumed_automatically = False
+        """Whether "auto" or "last" chose it, so that it is the run's own to replace; else it is never deleted."""
         self.continues_version = False
         """Whether the fit writes on in the logs of the run that it goes on from."""
         self.save_requests: list[Checkpoint] = []

@@ -1,0 +1,205 @@
+"""A disk that refuses at any step: the old file stays, nothing half-written stays, the error says what to do."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint.engine import CheckpointEngine
+from holdfast.checkpoint.load import load
+from holdfast.errors import StorageError
+
+OLD, NEW = {"w": torch.zeros(1000)}, {"w": torch.ones(1000)}
+
+
+def failing(number: int, after: int = 0) -> Any:
+    """A function that raises this errno, once it has been called ``after`` times."""
+    calls = []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) > after:
+            raise OSError(number, os.strerror(number))
+        return None
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("call", ["pwritev", "fsync", "replace", "open"])
+def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.ckpt"
+    CheckpointEngine().save(OLD, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(number))
+        with pytest.raises(StorageError) as caught:
+            CheckpointEngine().save(NEW, path)
+    assert caught.value.errno == number
+    assert caught.value.path == str(path)
+    assert os.strerror(number) in str(caught.value)
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    assert load(path)["w"].sum() == 0
+
+
+def test_messages_name_the_path_the_operation_the_reason_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.ckpt"
+    monkeypatch.setattr(commit, "_free_bytes", lambda path: 12_345)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", failing(errno.ENOSPC))
+        with pytest.raises(StorageError) as full:
+            CheckpointEngine().save(NEW, path)
+        CheckpointEngine_size = full.value.__cause__
+        assert isinstance(CheckpointEngine_size, OSError)
+    start = f"Could not write {path}: No space left on device. "
+    assert str(full.value).startswith(start)
+    needed, _, rest = str(full.value).removeprefix(start).partition(" ")
+    assert 4_000 <= int(needed.replace(",", "")) < 6_000
+    assert rest == "bytes are needed, 12,345 bytes are free: make room, or save somewhere else."
+
+    CheckpointEngine().save(OLD, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing(errno.EIO))
+        with pytest.raises(OSError) as broken:
+            CheckpointEngine().save(NEW, path)
+    assert str(broken.value) == (
+        f"Could not fsync {path}: Input/output error. What was there before is untouched. "
+        "The disk reports errors: look at the system's log before relying on this file system."
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing(errno.EACCES))
+        with pytest.raises(StorageError) as refused:
+            CheckpointEngine().save(NEW, path)
+    assert str(refused.value) == (
+        f"Could not rename a file to {path}: Permission denied. What was there before is untouched. "
+        "Check the permissions of the directory."
+    )
+
+
+def test_the_directory_is_fsynced_after_the_rename_and_its_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO, after=1))
+    with pytest.raises(StorageError) as caught:
+        CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert str(caught.value).startswith(f"Could not fsync the directory of {tmp_path}/a.ckpt: ")
+    assert "untouched" not in str(caught.value)
+
+
+def test_a_failed_fsync_is_never_tried_again_on_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail(fd: int) -> None:
+        calls.append(fd)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError):
+        CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert len(calls) == 1
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, at: whole(fd, [bytes(parts[0][:777])], at))
+    CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert load(tmp_path / "a.ckpt")["w"].sum() == 1000
+
+
+def test_new_parents_are_made_and_each_is_fsynced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(commit, "fsync_directory", synced.append)
+    CheckpointEngine().save(NEW, tmp_path / "x" / "y" / "a.ckpt")
+    assert synced == [str(tmp_path), str(tmp_path / "x"), str(tmp_path / "x" / "y")]
+
+
+def test_a_name_that_is_taken_by_a_directory_or_lies_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    with pytest.raises(StorageError) as caught:
+        CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert str(caught.value) == (
+        f"Could not create a file beside {tmp_path}/a.ckpt: Is a directory. "
+        "Choose another name: a directory has this one."
+    )
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError) as caught:
+        CheckpointEngine().save(NEW, tmp_path / "file" / "a.ckpt")
+    assert str(caught.value) == (
+        f"Could not create the directory {tmp_path}/file: Not a directory. "
+        "What was there before is untouched. Choose another directory."
+    )
+
+
+def test_the_temporary_directory_of_the_system_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    CheckpointEngine().save(NEW, tmp_path / "run" / "a.ckpt")
+    assert os.listdir(tmp_path) == ["run"]
+    assert os.listdir(tmp_path / "run") == ["a.ckpt"]
+
+
+def test_a_read_only_file_is_replaced(tmp_path: Path) -> None:
+    CheckpointEngine().save(OLD, tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt").chmod(0o444)
+    CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert load(tmp_path / "a.ckpt")["w"].sum() == 1000
+
+
+def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 120 + ".ckpt")
+    CheckpointEngine().save(NEW, path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_stray_files_go_and_files_that_are_being_written_stay(tmp_path: Path) -> None:
+    stray = tmp_path / ".a.ckpt.123.0a1b2c3d.tmp"
+    stray.write_bytes(b"half")
+    (tmp_path / ".b.ckpt.99999999.0a1b2c3d.tmp").symlink_to("nowhere")
+    others = [".hidden.tmp", "a.tmp", ".a.ckpt.xyz.0a1b2c3d.tmp", "a.ckpt.123.0a1b2c3d.tmp"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"the user's")
+    with commit.replacing(str(tmp_path / "a.ckpt")) as file:
+        os.write(file.fd, b"content")
+        writing = os.path.basename(file.temporary)
+        assert sorted(catalog.remove_stray_temp_files(tmp_path)) == [
+            ".a.ckpt.123.0a1b2c3d.tmp", ".b.ckpt.99999999.0a1b2c3d.tmp",
+        ]  # fmt: skip
+        assert sorted(os.listdir(tmp_path)) == sorted([*others, writing])
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "a.ckpt"])
+    assert catalog.remove_stray_temp_files(tmp_path / "nowhere") == []
+
+
+def test_a_second_name_on_its_way_is_not_taken_for_a_stray_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    removed: list[str] = []
+
+    def cleaner(point: str) -> None:
+        if point == "link-made":
+            removed.extend(catalog.remove_stray_temp_files(tmp_path))
+
+    monkeypatch.setattr(commit, "crash_point", cleaner)
+    commit.add_name(str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt"))
+    assert removed == []
+    assert load(tmp_path / "b.ckpt")["w"].sum() == 1000
+
+
+def test_a_file_system_without_locks_still_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOTSUP))
+    CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    monkeypatch.undo()
+    assert load(tmp_path / "a.ckpt")["w"].sum() == 1000
