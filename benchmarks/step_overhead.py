@@ -309,8 +309,10 @@ def profile(name: str, work: Workload, top: int) -> None:
         profiler.enable()
         CONTENDERS[name](work, root)
         profiler.disable()
-    for order in ("tottime", "cumulative"):
-        pstats.Stats(profiler).strip_dirs().sort_stats(order).print_stats(top)
+    print(f"everything, by its own time ({work.batches} steps)")
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(top)
+    print(f"{name.split('-')[0]}'s own functions")
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(rf"[/\\]{name.split('-')[0]}[/\\]", top)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -56,7 +56,11 @@ def test_a_folder_of_good_broken_foreign_and_temporary_files(tmp_path: Path) -> 
         os.utime(tmp_path / name, (1000 + number,) * 2, follow_symlinks=False)
 
     entries = catalog.scan(tmp_path)
-    assert [os.path.basename(entry.path) for entry in entries[:3]] == ["newer.ckpt", "linked.ckpt", "good.ckpt"]
+    assert [os.path.basename(entry.path) for entry in entries[:3]] == [
+        "newer.ckpt",
+        "linked.ckpt",
+        "good.ckpt",
+    ]
     by_name = {os.path.basename(entry.path): entry for entry in entries}
     assert {name: (entry.whole, entry.foreign, entry.reason) for name, entry in by_name.items()} == {
         "good.ckpt": (True, False, None),

@@ -186,7 +186,9 @@ def test_a_file_of_a_newer_format_is_told_apart_from_a_broken_one(
     )
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_refused(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = whole.read_bytes()
     read = os.preadv
 

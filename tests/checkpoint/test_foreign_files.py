@@ -110,7 +110,9 @@ def test_lightnings_attribute_dict_is_a_dict(tmp_path: Path, monkeypatch: pytest
         patch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
         patch.setitem(sys.modules, "pytorch_lightning.utilities", types.ModuleType("utilities"))
         patch.setitem(sys.modules, module.__name__, module)
-        torch.save({"hyper_parameters": attribute_dict(lr=0.1, more=attribute_dict(a=[1]))}, tmp_path / "a.ckpt")
+        torch.save(
+            {"hyper_parameters": attribute_dict(lr=0.1, more=attribute_dict(a=[1]))}, tmp_path / "a.ckpt"
+        )
     back = load(tmp_path / "a.ckpt")["hyper_parameters"]
     assert type(back) is dict and back == {"lr": 0.1, "more": {"a": [1]}} and type(back["more"]) is dict
 
@@ -119,7 +121,9 @@ def test_the_old_format_goes_through_torchs_own_safe_reader(tmp_path: Path) -> N
     torch.save({"w": torch.ones(3)}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
     assert load(tmp_path / "a.ckpt")["w"].tolist() == [1, 1, 1]
     torch.save({"w": Custom()}, tmp_path / "b.ckpt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointUnsafe, match="b.ckpt is in torch's old format and asks for more than tensors"):
+    with pytest.raises(
+        CheckpointUnsafe, match="b.ckpt is in torch's old format and asks for more than tensors"
+    ):
         load(tmp_path / "b.ckpt")
     data = (tmp_path / "a.ckpt").read_bytes()
     (tmp_path / "a.ckpt").write_bytes(data[: len(data) // 2])
@@ -132,7 +136,9 @@ def test_a_damaged_foreign_file_is_refused_by_the_record(tmp_path: Path) -> None
     good = (tmp_path / "a.ckpt").read_bytes()
     at = good.index(torch.arange(100.0).numpy().tobytes())
     (tmp_path / "a.ckpt").write_bytes(good[:at] + b"\1" + good[at + 1 :])
-    with pytest.raises(CheckpointCorrupt, match=r"^a.ckpt is corrupt: data/0 has checksum .*, the zip directory says"):
+    with pytest.raises(
+        CheckpointCorrupt, match=r"^a.ckpt is corrupt: data/0 has checksum .*, the zip directory says"
+    ):
         load(tmp_path / "a.ckpt")
     (tmp_path / "a.ckpt").write_bytes(good[:-10])
     with pytest.raises(CheckpointIncomplete) as caught:
@@ -237,16 +243,20 @@ def test_pickles_that_ask_for_absurd_things_are_refused(name: str, ours: bool, t
         load(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("size, stride, offset", [((10,), (1,), 0), ((2,), (1,), 2), ((2, 2), (3, 1), 0), ((2,), (-1,), 2)])
+@pytest.mark.parametrize(
+    "size, stride, offset", [((10,), (1,), 0), ((2,), (1,), 2), ((2, 2), (3, 1), 0), ((2,), (-1,), 2)]
+)
 def test_a_tensor_that_reaches_beyond_its_record_is_refused(
     size: tuple[int, ...], stride: tuple[int, ...], offset: int, tmp_path: Path
 ) -> None:
+    untyped = torch.ones(3).untyped_storage()
+    storage = torch.storage.TypedStorage(wrap_storage=untyped, dtype=torch.float32, _internal=True)
+
     class Reaching:
         def __reduce__(self) -> Any:
-            return torch._utils._rebuild_tensor_v2, (torch.ones(3).storage(), offset, size, stride, False, {})
+            return torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, {})
 
-    with pytest.warns(UserWarning, match="TypedStorage"):
-        torch.save({"w": Reaching()}, tmp_path / "a.ckpt")
+    torch.save({"w": Reaching()}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointUnsafe, match="a tensor"):
         load(tmp_path / "a.ckpt")
 

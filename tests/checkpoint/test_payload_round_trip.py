@@ -58,9 +58,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     if isinstance(a, dict):
-        return len(a) == len(b) and all(
-            same(x, y) and same(a[x], b[y]) for x, y in zip(a, b, strict=True)
-        )
+        return len(a) == len(b) and all(same(x, y) and same(a[x], b[y]) for x, y in zip(a, b, strict=True))
     if isinstance(a, (list, tuple, collections.deque)):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, (argparse.Namespace, types.SimpleNamespace)):
@@ -176,7 +174,9 @@ def test_every_dtype_comes_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) 
     try:
         tensor = torch.arange(48, dtype=torch.uint8).view(dtype).view(3, -1)
     except RuntimeError:
-        tensor = torch.zeros(3, dtype=torch.uint8).bool() if dtype is torch.bool else torch.empty(3, dtype=dtype)
+        tensor = (
+            torch.zeros(3, dtype=torch.uint8).bool() if dtype is torch.bool else torch.empty(3, dtype=dtype)
+        )
     for loaded in (
         there_and_back(tensor, tmp_path),
         torch.load(tmp_path / "a.ckpt", weights_only=True)["value"],
@@ -273,7 +273,9 @@ def test_shared_memory_is_stored_once_and_shared_again(tmp_path: Path) -> None:
 
 def test_a_small_view_of_a_large_buffer_is_stored_small(tmp_path: Path) -> None:
     large = torch.randn(1_000_000)
-    path = saved({"a": large[10:20], "b": large[500_000:500_010], "c": large.view(1000, 1000)[:, 5]}, tmp_path)
+    path = saved(
+        {"a": large[10:20], "b": large[500_000:500_010], "c": large.view(1000, 1000)[:, 5]}, tmp_path
+    )
     assert path.stat().st_size < 5_000_000
     path = saved({"a": large[10:20], "b": large[500_000:500_010]}, tmp_path)
     assert path.stat().st_size < 10_000
@@ -362,7 +364,9 @@ def test_users_types_come_back_only_where_the_reader_names_them(
     assert same(plain, ["red", "high", {"width": 3, "path": pathlib.Path("x")}, (1, torch.ones(1))])
     exact.allow_types(Colour, Level, Settings, Point)
     assert same(load(tmp_path / "a.ckpt")["value"], value)
-    with pytest.raises(TypeError, match="allow_types takes enums, dataclasses and namedtuples, not <class 'int'>"):
+    with pytest.raises(
+        TypeError, match="allow_types takes enums, dataclasses and namedtuples, not <class 'int'>"
+    ):
         exact.allow_types(int)
 
 
@@ -452,7 +456,13 @@ def small_tensors(draw: Any) -> torch.Tensor:
     return torch.randint(0, 2, shape).to(dtype)
 
 
-KEYS = st.text(max_size=5) | st.integers() | st.booleans() | st.none() | st.tuples(st.integers(), st.text(max_size=2))
+KEYS = (
+    st.text(max_size=5)
+    | st.integers()
+    | st.booleans()
+    | st.none()
+    | st.tuples(st.integers(), st.text(max_size=2))
+)
 LEAVES = (
     st.none()
     | st.booleans()
@@ -470,11 +480,13 @@ LEAVES = (
 )
 PAYLOADS = st.recursive(
     LEAVES,
-    lambda inside: st.lists(inside, max_size=4)
-    | st.dictionaries(KEYS, inside, max_size=4)
-    | st.tuples(inside, inside)
-    | st.dictionaries(st.text("abc", min_size=1, max_size=3), inside, max_size=3).map(
-        lambda values: argparse.Namespace(**values)
+    lambda inside: (
+        st.lists(inside, max_size=4)
+        | st.dictionaries(KEYS, inside, max_size=4)
+        | st.tuples(inside, inside)
+        | st.dictionaries(st.text("abc", min_size=1, max_size=3), inside, max_size=3).map(
+            lambda values: argparse.Namespace(**values)
+        )
     ),
     max_leaves=25,
 )

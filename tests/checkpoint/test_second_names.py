@@ -34,14 +34,18 @@ def refuse(monkeypatch: pytest.MonkeyPatch, *calls: str) -> None:
         monkeypatch.setattr(fcntl if call == "ioctl" else os, call, no)
 
 
-def test_a_hard_link_where_reflinks_are_not_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hard_link_where_reflinks_are_not_supported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse(monkeypatch, "ioctl")
     best, last = tmp_path / "best.ckpt", tmp_path / "sub" / "last.ckpt"
     assert save(1, best, last) == ("hard link",)
     assert best.samefile(last)
     assert best.stat().st_mode & 0o222 == 0  # whoever opens one of them to write into it is stopped
     assert value(last) == 1
-    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "sub"] and os.listdir(tmp_path / "sub") == ["last.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "sub"] and os.listdir(tmp_path / "sub") == [
+        "last.ckpt"
+    ]
 
 
 def test_saving_over_one_name_leaves_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from holdfast.callbacks import EarlyStopping, ModelCheckpoint
 from holdfast.loggers import CSVLogger
 
 SAVE_EVERY_N_STEPS = 5
-EPOCHS = 30
+EPOCHS = 12
 BATCHES = 40
 BATCH_SIZE = 4
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import holdfast.checkpoint
 from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
 
-CHILD = """
-import sys, torch
-from holdfast.checkpoint.engine import CheckpointEngine
-folder = sys.argv[1]
-state = {"number": 2, "large": torch.full((3_000_000,), 2.0), "small": [torch.full((9,), 2.0) for _ in range(50)]}
-CheckpointEngine().save(state, f"{folder}/new/epoch=2.ckpt", names=[f"{folder}/last.ckpt"])
-CheckpointEngine().save(state, f"{folder}/epoch=1.ckpt")
-"""
+# Children are forked from one process that has torch imported already and has done nothing else.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "holdfast.checkpoint.engine"])
+
+
+def save_twice(folder: Path, point: str | None) -> None:
+    """What a child does: a new file with a second name, then a file over an old one."""
+    if point is not None:
+        os.environ["HOLDFAST_CRASH_AT"] = point
+    os.environ["TMPDIR"] = str(folder / "not-there")
+    torch.set_num_threads(1)
+    state = {"number": 2, "large": torch.full((3_000_000,), 2.0), "small": [torch.ones(9) for _ in range(50)]}
+    CheckpointEngine().save(state, folder / "new" / "epoch=2.ckpt", names=[folder / "last.ckpt"])
+    CheckpointEngine().save(state, folder / "epoch=1.ckpt")
 
 
 def named_points() -> list[str]:
@@ -32,27 +39,29 @@ def named_points() -> list[str]:
     return sorted(set(re.findall(r'crash_point\("([a-z-]+)"\)', text)))
 
 
-def run_child(folder: Path, point: str | None) -> int:
-    environment = {**os.environ, "TMPDIR": str(folder / "not-there"), "OMP_NUM_THREADS": "1"}
-    environment.pop("HOLDFAST_CRASH_AT", None)
-    if point is not None:
-        environment["HOLDFAST_CRASH_AT"] = point
-    return subprocess.run([sys.executable, "-c", CHILD, str(folder)], env=environment, check=False).returncode
+def run_child(folder: Path, point: str | None) -> int | None:
+    child = PROCESSES.Process(target=save_twice, args=(folder, point))
+    child.start()
+    child.join()
+    return child.exitcode
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    import torch
-
-    from holdfast.checkpoint.engine import CheckpointEngine
-
     state = {"number": 1, "large": torch.zeros(10)}
     CheckpointEngine().save(state, tmp_path / "epoch=1.ckpt", names=[tmp_path / "last.ckpt"])
     return tmp_path
 
 
 def test_the_points_are_those_of_a_save() -> None:
-    assert set(named_points()) >= {"temp-created", "writing", "written", "synced", "renamed", "directory-synced"}
+    assert set(named_points()) >= {
+        "temp-created",
+        "writing",
+        "written",
+        "synced",
+        "renamed",
+        "directory-synced",
+    }
 
 
 @pytest.mark.parametrize("point", named_points())
@@ -73,4 +82,8 @@ def test_killed_at(point: str, run: Path) -> None:
     assert not any(commit.is_temporary(name) for name in left)
 
     assert run_child(run, None) == 0
-    assert [load(run / name)["number"] for name in ("epoch=1.ckpt", "last.ckpt", "new/epoch=2.ckpt")] == [2, 2, 2]
+    assert [load(run / name)["number"] for name in ("epoch=1.ckpt", "last.ckpt", "new/epoch=2.ckpt")] == [
+        2,
+        2,
+        2,
+    ]

@@ -19,12 +19,11 @@ from collections.abc import Iterator, Sequence
 from holdfast.errors import StorageError
 
 _FICLONE = 0x40049409
-_crash_at = os.environ.get("HOLDFAST_CRASH_AT")  # tests kill a child process at a named point
 
 
 def crash_point(name: str) -> None:
     """Do nothing, unless a test asked for the process to be killed here."""
-    if _crash_at == name:
+    if os.environ.get("HOLDFAST_CRASH_AT") == name:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -79,7 +78,7 @@ def replacing(path: str) -> Iterator[Replacement]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         os.close(fd)
-    with _told(path, "fsync the directory of"):
+    with _told(path, "fsync the directory of", in_place=True):
         fsync_directory(directory)
     crash_point("directory-synced")
 
@@ -119,6 +118,7 @@ def add_name(path: str, name: str) -> str:
                     os.unlink(temporary)
                 raise
         crash_point("link-renamed")
+    with _told(name, "fsync the directory of", in_place=True):
         fsync_directory(os.path.dirname(name))
     crash_point("link-synced")
     return kind
@@ -253,7 +253,8 @@ def remove_if_stray(path: str) -> bool:
 def _temporary_name(path: str) -> str:
     # The name may be as long as the file system allows, so the temporary one holds only its beginning.
     directory, name = os.path.split(path)
-    return os.path.join(directory, f".{name[:180]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    name = os.fsencode(name)[:180].decode("utf-8", "ignore")
+    return os.path.join(directory, f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def _create_temporary(path: str) -> tuple[str, int]:
@@ -283,29 +284,41 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def _told(path: str, operation: str, replacement: Replacement | None = None) -> Iterator[None]:
+def _told(
+    path: str, operation: str, replacement: Replacement | None = None, *, in_place: bool = False
+) -> Iterator[None]:
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        raise storage_error(path, operation, error, replacement) from error
+        raise storage_error(path, operation, error, replacement, in_place=in_place) from error
 
 
 def storage_error(
-    path: str, operation: str, error: OSError, replacement: Replacement | None = None
+    path: str,
+    operation: str,
+    error: OSError,
+    replacement: Replacement | None = None,
+    *,
+    in_place: bool = False,
 ) -> StorageError:
-    """The error for a failed operation: what failed, where, why, what is still there and what to do."""
+    """The error for a failed operation: what failed, where, why, what is there now and what to do.
+
+    ``in_place`` says that the new file already stands under its name.
+    """
     reason = os.strerror(error.errno) if error.errno else str(error)
+    advice = _ADVICE.get(error.errno or 0, "It is safe to try again.")
     if error.errno == errno.ENOSPC:
-        needed = "" if replacement is None or replacement.needed_bytes is None else (
-            f"{replacement.needed_bytes:,} bytes are needed, "
-        )  # fmt: skip
+        known = replacement is not None and replacement.needed_bytes is not None
+        needed = f"{replacement.needed_bytes:,} bytes are needed, " if replacement and known else ""
         advice = f"{needed}{_free_bytes(path):,} bytes are free: make room, or save somewhere else."
-    else:
-        advice = _ADVICE.get(error.errno or 0, "Nothing was changed; it is safe to try again.")
-    old = "What was there before is untouched. " if _exists(path) else ""
-    made = StorageError(f"Could not {operation} {path}: {reason}. {old}{advice}", path=path)
+    state = ""
+    if in_place:
+        state = "The new file is in place, but may not survive a power failure. "
+    elif _exists(path):
+        state = "What was there before is untouched. "
+    made = StorageError(f"Could not {operation} {path}: {reason}. {state}{advice}", path=path)
     made.errno = error.errno
     return made
 

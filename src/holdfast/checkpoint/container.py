@@ -190,9 +190,8 @@ def find_directory(fd: int, size: int) -> tuple[int, int]:
         raise NotWhole("it does not end with a zip directory", ours=False)
     _, _, _, _, count, central, at, comment = _END.unpack(tail[-_END.size :])
     end = size - _END.size
-    if at == 0xFFFFFFFF or count == 0xFFFF:
-        if len(tail) < length or not tail.startswith(b"PK\x06\x06"):
-            raise NotWhole("its zip64 directory is damaged", ours=False)
+    wide = at == 0xFFFFFFFF or count == 0xFFFF
+    if tail.startswith(b"PK\x06\x06") and (wide or at + central != end):  # torch writes both
         fields = _END64.unpack_from(tail)
         count, central, at = fields[7], fields[8], fields[9]
         end = size - length

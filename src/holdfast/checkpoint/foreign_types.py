@@ -27,10 +27,15 @@ class Opaque:
         items: the (key, value) pairs or the values that the file would have put into it.
     """
 
-    def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
-        self.items: list[Any] = []
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *args: Any) -> Opaque:
+        # Not in __init__, which a pickle may leave out.
+        made = super().__new__(cls)
+        made.args, made.state, made.items = args, None, []
+        return made
 
     @property
     def qualified_name(self) -> str:

@@ -150,10 +150,7 @@ class FitLoop:
                 f"already done: {reason} (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
                 f"{epochs} epochs, {progress.global_step} steps are done). Raise the limit to train on."
             )
-            if self._resumed is not None:
-                state.restore_run(trainer, self._resumed)
-            if progress.stage == END:
-                progress.epoch, progress.batch, progress.stage = progress.epoch + 1, 0, START
+            self._stand_where_it_ended()
             return
         self.setup_data()
         if self.batches == 0:
@@ -169,6 +166,14 @@ class FitLoop:
             if self.finished:
                 break
         call(trainer, "on_train_end")
+
+    def _stand_where_it_ended(self) -> None:
+        """Put back all that a finished run's checkpoint holds, so that it can be saved again as it is."""
+        progress, resumed = self.progress, self._resumed
+        if resumed is not None and progress.stage in (BATCH, VALIDATED):
+            self._resume_in_epoch(resumed, nothing_left=True)
+        elif resumed is not None:
+            self._resume_between_epochs(resumed)
 
     def _prepare(self) -> None:
         """Look up once all that the steps of this fit need."""
@@ -235,16 +240,15 @@ class FitLoop:
             self.stream.restore_begin(data["now"])
         state.restore_run(self.trainer, resumed)
 
-    def _resume_in_epoch(self, resumed: dict[str, Any]) -> Iterator[Any]:
+    def _resume_in_epoch(self, resumed: dict[str, Any], *, nothing_left: bool = False) -> Iterator[Any]:
         progress, data = self.progress, resumed.get("data")
         assert self.stream is not None
         if data is None or data.get("begin") is None:
             # Another maker's file: the position is known, the order of the rows is not.
             begin = self.stream.begin_state()
             data = {"begin": begin, "now": begin}
-        batches = self.stream.resume(
-            progress.epoch, progress.batch, data, nothing_left=progress.batch >= self.batches
-        )
+        nothing_left = nothing_left or progress.batch >= self.batches
+        batches = self.stream.resume(progress.epoch, progress.batch, data, nothing_left=nothing_left)
         state.restore_run(self.trainer, resumed)
         return batches
 

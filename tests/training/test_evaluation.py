@@ -1,0 +1,145 @@
+"""validate, test and predict: what they return, what they load, and that they leave training as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast as pl
+from holdfast.callbacks import ModelCheckpoint
+from tests.training.toys import Toy, rows, trainer
+
+
+class Evaluated(Toy):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("rows", float(len(batch[0])), reduce_fx="sum")
+
+    def test_step(self, batch: Any) -> None:
+        self.log("mean_id", batch[1].float().mean())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return batch[1].tolist()
+
+
+def test_one_loader() -> None:
+    assert trainer().validate(Evaluated(), rows(), verbose=False) == [{"rows": 12.0}]
+    assert trainer().test(Evaluated(), rows(), verbose=False) == [{"mean_id": 5.5}]
+
+
+def test_several_loaders_have_names_of_their_own() -> None:
+    assert trainer().validate(Evaluated(), [rows(), rows(count=8)], verbose=False) == [
+        {"rows/dataloader_idx_0": 12.0},
+        {"rows/dataloader_idx_1": 8.0},
+    ]
+
+
+def test_predictions() -> None:
+    run = trainer()
+    expected = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert run.predict(Evaluated(), rows(count=8)) == expected
+    assert run.predictions == expected
+    assert run.predict(Evaluated(), [rows(count=4), rows(count=8)]) == [[[0, 1, 2, 3]], expected]
+    assert run.predict(Evaluated(), rows(), return_predictions=False) is None
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer().validate(Evaluated(), [rows(), rows(count=8)])
+    assert capsys.readouterr().out == (
+        "validate  rows/dataloader_idx_0  12  \nvalidate  rows/dataloader_idx_1    8\n"
+    )
+
+
+@pytest.mark.parametrize(("limit", "rows_seen"), [(1, 4.0), (0.7, 8.0), (1.0, 12.0), (50, 12.0)])
+def test_limits(limit: float, rows_seen: float) -> None:
+    assert trainer(limit_val_batches=limit).validate(Evaluated(), rows(), verbose=False) == [
+        {"rows": rows_seen}
+    ]
+
+
+def test_a_fraction_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(pl.ConfigError) as refused:
+        trainer(limit_val_batches=0.1).validate(Evaluated(), rows(), verbose=False)
+    assert str(refused.value) == (
+        "Trainer(limit_val_batches=0.1) leaves 0 of 3 batches. The least that keeps one is 0.333."
+    )
+
+
+def test_after_fit_without_a_model_the_best_weights_are_tested(tmp_path: Path) -> None:
+    class Growing(Toy):
+        """Its weight is the number of steps done, and the first epoch's is called the best."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.nn.init.zeros_(self.layer.weight)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return -self.layer.weight.sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+        def on_train_epoch_end(self) -> None:
+            self.log("score", float(self.current_epoch))
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("weight", self.layer.weight.mean())
+
+    run = trainer(max_epochs=2, callbacks=ModelCheckpoint(tmp_path, monitor="score"))
+    model = Growing()
+    run.fit(model, rows())
+    assert run.test(model, rows(), verbose=False) == [{"weight": 6.0}]
+    assert run.test(dataloaders=rows(), verbose=False) == [{"weight": 3.0}]
+    assert run.test(model, rows(), ckpt_path=run.checkpoint_callback.best_model_path, verbose=False) == [
+        {"weight": 3.0}
+    ]
+
+
+def test_validation_inside_fit_leaves_modes_gradients_and_generators_alone() -> None:
+    class Watching(Evaluated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = torch.nn.Dropout()
+            self.frozen = torch.nn.BatchNorm1d(3).eval()
+            self.draws: list[float] = []
+            self.modes: list[tuple[bool, bool]] = []
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            assert not self.drop.training
+            assert not torch.is_grad_enabled()
+            torch.rand(100)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.modes.append((self.drop.training, self.frozen.training))
+            self.draws.append(torch.rand(()).item())
+            return self.loss(batch)
+
+    draws = []
+    for limit in (0, 1.0):
+        torch.manual_seed(0)
+        model = Watching()
+        trainer(limit_val_batches=limit, val_check_interval=1, max_epochs=2).fit(
+            model, rows(), rows(shuffle=True)
+        )
+        assert model.modes == [(True, False)] * 6
+        draws.append(model.draws)
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: trainer().validate(Toy(), rows()), "Toy has no validation_step. trainer.validate needs it."),
+        (
+            lambda: trainer().test(Evaluated()),
+            "There is no data for trainer.test: give dataloaders=, a datamodule, or define Evaluated.test_dataloader.",
+        ),
+        (lambda: trainer().test(), "trainer.test() without a model works after fit only. Give it one."),
+    ],
+)
+def test_what_is_missing_is_named(call: Any, message: str) -> None:
+    with pytest.raises(pl.ConfigError) as refused:
+        call()
+    assert str(refused.value) == message
