@@ -4,7 +4,7 @@
 #   make test     the whole test suite
 #   make check    ruff, mypy --strict, the architecture tests
 #   make bench    step overhead and import time beside their peers
-#   make clean    remove what make and the runs have left behind
+#   make clean    remove the environment and caches; runs/ stays
 #
 # PYTHON=python3.12      which Python makes the environment (3.10 or newer)
 # TORCH="torch==2.13.0"  what pip is asked for when the environment has no torch yet
@@ -29,7 +29,7 @@ help:
 	@echo 'make test     run the whole test suite'
 	@echo 'make check    ruff, mypy --strict on the package, the architecture tests'
 	@echo 'make bench    step overhead and import time beside a raw loop, Accelerate and Lightning'
-	@echo 'make clean    remove the environment, caches and what runs have left behind'
+	@echo 'make clean    remove the environment and caches; runs/ stays'
 	@echo
 	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS'
 
@@ -53,8 +53,8 @@ bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/import_time.py
 
 clean:
-	@echo '== removing $(VENV), caches and runs/'
-	@rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	@echo '== removing $(VENV) and caches'
+	@rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	@find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment and torch. torch is installed first and alone, so that no other package chooses its build.

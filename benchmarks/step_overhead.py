@@ -1,13 +1,13 @@
 """What a training step costs over a raw PyTorch loop: holdfast, Lightning and Accelerate in one run.
 
     python benchmarks/step_overhead.py
-    python benchmarks/step_overhead.py --only raw holdfast-bare --rounds 15
+    python benchmarks/step_overhead.py --only holdfast-bare holdfast-log --rounds 25
     python benchmarks/step_overhead.py --profile holdfast-bare
 
 Every contender trains one epoch of the same tiny network on the same kind of loader, and the clock is read
 inside its training step: at the first batch after the warm-up and at the last one. The contenders of a round
-run in random order, and a ratio is taken within its round, so a machine that slows down for a while slows
-both sides.
+run in random order, each right beside a raw loop of its own (before or behind it, by chance), and a ratio is
+taken within such a pair: what slows the machine down for a while slows both sides.
 """
 
 from __future__ import annotations
@@ -204,36 +204,37 @@ def run_once(name: str, work: Workload) -> Timing:
     return watch.result()
 
 
-def measure(
-    names: list[str], work: Workload, rounds: int, shuffler: random.Random
-) -> dict[str, list[Timing]]:
-    """One timing a round for each name, in another random order each round, after an unrecorded round."""
-    timings: dict[str, list[Timing]] = {name: [] for name in names}
-    for round_number in range(rounds + 1):
+Pair = tuple[Timing, Timing]
+
+
+def measure(names: list[str], work: Workload, rounds: int, shuffler: random.Random) -> dict[str, list[Pair]]:
+    """For each name, one pair (contender, its raw loop) a round; nothing runs between the two of a pair."""
+    pairs: dict[str, list[Pair]] = {name: [] for name in names}
+    for round_number in range(rounds + 1):  # the first round warms caches and imports and is not recorded
         for name in shuffler.sample(names, len(names)):
-            timing = run_once(name, work)
+            timings: dict[str, Timing] = {}
+            both = [name, baseline_of(name)]
+            for one in shuffler.sample(both, len(both)):
+                timings[one] = run_once(one, work)
             if round_number > 0:
-                timings[name].append(timing)
+                pairs[name].append((timings[name], timings[baseline_of(name)]))
         if sys.stderr.isatty():
-            print(
-                f"\rround {round_number} of {rounds}",
-                end="\n" if round_number == rounds else "",
-                file=sys.stderr,
-            )
-    return timings
+            end = "\n" if round_number == rounds else ""
+            print(f"\rround {round_number} of {rounds}", end=end, file=sys.stderr)
+    return pairs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ratios are medians of the per-round ratios to the baseline."""
+    """One line of the table; ratios are medians over the pairs, with the quartiles beside them."""
 
     name: str
     wall_us: float
-    wall_ratio: float
-    cpu_ratio: float
-    lowest_ratio: float
-    highest_ratio: float
-    target: float | None
+    wall_ratio: float = 1.0
+    cpu_ratio: float = 1.0
+    low_ratio: float = 1.0
+    high_ratio: float = 1.0
+    target: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -242,35 +243,35 @@ class Row:
         return "pass" if self.wall_ratio <= self.target else "MISS"
 
 
-def summarize(timings: dict[str, list[Timing]]) -> list[Row]:
+def summarize(pairs: dict[str, list[Pair]]) -> list[Row]:
     rows = []
-    for name, own in timings.items():
-        base = timings[baseline_of(name)]
-        wall = [mine.wall_us / raw.wall_us for mine, raw in zip(own, base, strict=True)]
-        cpu = [mine.cpu_us / raw.cpu_us for mine, raw in zip(own, base, strict=True)]
-        wall_us = statistics.median(timing.wall_us for timing in own)
-        rows.append(
-            Row(
-                name,
-                wall_us,
-                statistics.median(wall),
-                statistics.median(cpu),
-                min(wall),
-                max(wall),
-                TARGETS.get(name),
-            )
-        )
+    for baseline in dict.fromkeys(baseline_of(name) for name in pairs):
+        runs = [base for name, own in pairs.items() if baseline_of(name) == baseline for _, base in own]
+        rows.append(Row(baseline, statistics.median(run.wall_us for run in runs)))
+    for name, own in pairs.items():
+        wall = [mine.wall_us / base.wall_us for mine, base in own]
+        cpu = [mine.cpu_us / base.cpu_us for mine, base in own]
+        low, middle, high = quartiles(wall)
+        wall_us = statistics.median(mine.wall_us for mine, _ in own)
+        rows.append(Row(name, wall_us, middle, statistics.median(cpu), low, high, TARGETS.get(name)))
     return rows
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| contender | us a step | ratio | lowest - highest | ratio, CPU time | target | |",
+        "| contender | us a step | ratio | quartiles | ratio, CPU time | target | |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         target = "" if row.target is None else f"<= {row.target:.2f}"
-        spread = f"{row.lowest_ratio:.2f} - {row.highest_ratio:.2f}"
+        spread = f"{row.low_ratio:.2f} - {row.high_ratio:.2f}"
         lines.append(
             f"| {row.name} | {row.wall_us:.0f} | {row.wall_ratio:.2f} | {spread} | {row.cpu_ratio:.2f} "
             f"| {target} | {row.verdict} |"
@@ -317,10 +318,10 @@ def profile(name: str, work: Workload, top: int) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="timed steps a run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="timed steps a run (default: %(default)s)")
     parser.add_argument(
-        "--warmup", type=int, default=300, help="steps before the clock starts (default: %(default)s)"
+        "--warmup", type=int, default=100, help="steps before the clock starts (default: %(default)s)"
     )
     parser.add_argument(
         "--hidden", type=int, default=32, help="width of the hidden layer (default: %(default)s)"
@@ -328,9 +329,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contenders")
-    parser.add_argument(
-        "--only", nargs="+", choices=list(CONTENDERS), help="measure these (and their baselines)"
-    )
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="measure these alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     parser.add_argument(
         "--profile", choices=list(CONTENDERS), help="profile one contender and measure nothing"
@@ -340,11 +339,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def chosen(only: list[str] | None) -> list[str]:
-    """The contenders to run: those asked for with their baselines, less the peers not installed."""
-    names = list(CONTENDERS) if only is None else only
-    wanted = {*names, *(baseline_of(name) for name in names)}
+    """The contenders to run: those asked for, less the peers not installed."""
+    wanted = set(CONTENDERS) if only is None else set(only)
     missing = {name for name in ("lightning", "accelerate") if installed(name) == "not installed"}
-    return [name for name in CONTENDERS if name in wanted and name.split("-")[0] not in missing]
+    return [name for name in CONTENDERS if name in wanted and name.split("-")[0] not in {"raw", *missing}]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -356,14 +354,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.profile:
         profile(arguments.profile, work, arguments.top)
         return 0
-    timings = measure(chosen(arguments.only), work, arguments.rounds, random.Random(arguments.seed))
-    rows = summarize(timings)
+    pairs = measure(chosen(arguments.only), work, arguments.rounds, random.Random(arguments.seed))
+    rows = summarize(pairs)
     if arguments.json:
-        raw = {name: [asdict(timing) for timing in own] for name, own in timings.items()}
+        raw = {name: [[asdict(timing) for timing in pair] for pair in own] for name, own in pairs.items()}
         table_rows = [{**asdict(row), "verdict": row.verdict} for row in rows]
-        print(
-            json.dumps({"environment": environment(arguments), "rows": table_rows, "timings": raw}, indent=1)
-        )
+        print(json.dumps({"environment": environment(arguments), "rows": table_rows, "pairs": raw}, indent=1))
     else:
         print(", ".join(f"{key} {value}" for key, value in environment(arguments).items()), end="\n\n")
         print(table(rows))

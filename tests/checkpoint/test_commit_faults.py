@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint import commit
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
 from holdfast.errors import StorageError
@@ -168,21 +168,34 @@ def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path: Path) -> None:
 
 
 def test_stray_files_go_and_files_that_are_being_written_stay(tmp_path: Path) -> None:
-    stray = tmp_path / ".a.ckpt.123.0a1b2c3d.tmp"
-    stray.write_bytes(b"half")
-    (tmp_path / ".b.ckpt.99999999.0a1b2c3d.tmp").symlink_to("nowhere")
+    strays = [".a.ckpt.123.0a1b2c3d.tmp", ".b.ckpt.99999999.0a1b2c3d.tmp"]
     others = [".hidden.tmp", "a.tmp", ".a.ckpt.xyz.0a1b2c3d.tmp", "a.ckpt.123.0a1b2c3d.tmp"]
-    for name in others:
-        (tmp_path / name).write_bytes(b"the user's")
     with commit.replacing(str(tmp_path / "a.ckpt")) as file:
-        os.write(file.fd, b"content")
         writing = os.path.basename(file.temporary)
-        assert sorted(catalog.remove_stray_temp_files(tmp_path)) == [
-            ".a.ckpt.123.0a1b2c3d.tmp", ".b.ckpt.99999999.0a1b2c3d.tmp",
-        ]  # fmt: skip
+        (tmp_path / strays[0]).write_bytes(b"half")
+        (tmp_path / strays[1]).symlink_to("nowhere")
+        for name in others:
+            (tmp_path / name).write_bytes(b"the user's")
+        assert sorted(commit.remove_stray_temp_files(tmp_path)) == strays
         assert sorted(os.listdir(tmp_path)) == sorted([*others, writing])
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "a.ckpt"])
-    assert catalog.remove_stray_temp_files(tmp_path / "nowhere") == []
+    assert commit.remove_stray_temp_files(tmp_path / "nowhere") == []
+
+
+def test_a_processs_first_write_into_a_directory_clears_what_killed_ones_left_there(tmp_path: Path) -> None:
+    (tmp_path / ".a.ckpt.123.0a1b2c3d.tmp").write_bytes(b"half")
+    CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+def test_a_temporary_file_that_cannot_be_judged_stays_and_saving_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / ".a.ckpt.123.0a1b2c3d.tmp"
+    theirs.write_bytes(b"half")
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOTSUP))
+    CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert sorted(os.listdir(tmp_path)) == [theirs.name, "a.ckpt"]
 
 
 def test_a_second_name_on_its_way_is_not_taken_for_a_stray_file(
@@ -193,7 +206,7 @@ def test_a_second_name_on_its_way_is_not_taken_for_a_stray_file(
 
     def cleaner(point: str) -> None:
         if point == "link-made":
-            removed.extend(catalog.remove_stray_temp_files(tmp_path))
+            removed.extend(commit.remove_stray_temp_files(tmp_path))
 
     monkeypatch.setattr(commit, "crash_point", cleaner)
     commit.add_name(str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt"))

@@ -42,6 +42,11 @@ class Settings:
     path: pathlib.Path
 
 
+class Raising(dict):  # type: ignore[type-arg]
+    def items(self) -> Any:
+        raise RuntimeError("not now")
+
+
 class Point(NamedTuple):
     x: int
     y: torch.Tensor
@@ -299,6 +304,9 @@ def test_every_unstorable_value_is_left_out_and_named(tmp_path: Path) -> None:
     deep: Any = 0
     for _ in range(MAX_DEPTH + 20):
         deep = [deep]
+    nested: Any = frozenset()
+    for _ in range(2 * MAX_DEPTH):
+        nested = frozenset([nested])
     payload = {
         "keep": torch.ones(2),
         "f": max,
@@ -312,12 +320,14 @@ def test_every_unstorable_value_is_left_out_and_named(tmp_path: Path) -> None:
         "keys": {object(): 1, "ok": 2},
         "freed": torch.ones(4),
         "factory": collections.defaultdict(lambda: 1, {1: 2}),
+        "raising": Raising(),
+        "nested set": nested,
         "lazy": torch.nn.parameter.UninitializedParameter(),
     }
     payload["freed"].untyped_storage().resize_(0)
     report = CheckpointEngine().save(payload, tmp_path / "a.ckpt")
     back = load(tmp_path / "a.ckpt")
-    assert set(back) == {"keep", "list", "looped", "deep", "keys", "factory"}
+    assert set(back) == {"keep", "list", "looped", "deep", "keys", "factory", "nested set"}
     assert back["list"] == [1, None, 3]
     assert back["looped"] == [1, None]
     assert back["keys"] == {"ok": 2}
@@ -335,6 +345,11 @@ def test_every_unstorable_value_is_left_out_and_named(tmp_path: Path) -> None:
         ("keys/object", "a key of type builtins.object cannot be stored"),
         ("freed", "its memory has been freed, or was never allocated"),
         ("factory/default_factory", "the factory is not a built-in type; this comes back as a dict"),
+        ("raising", f"reading a {exact.type_name(Raising)} raised RuntimeError('not now')"),
+        (
+            "/".join(["nested set", *["0"] * (MAX_DEPTH - 1)]),
+            f"it is nested more than {MAX_DEPTH} levels deep",
+        ),
         ("lazy", "it has not been initialised yet"),
     ]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.checkpoint import commit
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
 from holdfast.errors import StorageError
@@ -82,6 +83,22 @@ def test_a_relative_symlink_where_hard_links_are_not_supported(
     assert value(tmp_path / "moved" / "last.ckpt") == 1
     save(2, tmp_path / "moved" / "last.ckpt")
     assert value(tmp_path / "moved" / "best.ckpt") == 1
+
+
+def test_a_symlink_that_another_run_tidied_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, "ioctl", "link")
+    removed: list[str] = []
+
+    def tidy_once(point: str) -> None:
+        if point == "link-made" and not removed:
+            removed.extend(commit.remove_stray_temp_files(tmp_path))
+
+    monkeypatch.setattr(commit, "crash_point", tidy_once)
+    assert save(1, tmp_path / "best.ckpt", tmp_path / "last.ckpt") == ("symlink",)
+    assert len(removed) == 1
+    assert sorted(os.listdir(tmp_path)) == ["best.ckpt", "last.ckpt"]
 
 
 def test_a_copy_where_nothing_else_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

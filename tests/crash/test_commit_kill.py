@@ -76,7 +76,7 @@ def test_killed_at(point: str, run: Path) -> None:
     assert numbers["last.ckpt"] in ((1, 2) if "new/epoch=2.ckpt" in numbers else (1,))
 
     for folder in (run, run / "new"):
-        catalog.remove_stray_temp_files(folder)
+        commit.remove_stray_temp_files(folder)
     left = {os.path.relpath(os.path.join(at, name), run) for at, _, names in os.walk(run) for name in names}
     assert left == set(numbers)
     assert not any(commit.is_temporary(name) for name in left)

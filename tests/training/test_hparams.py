@@ -93,7 +93,7 @@ def test_hparams_are_attributes_and_the_initial_ones_do_not_change() -> None:
     made.hparams.a = 9
     assert (made.hparams["a"], made.hparams_initial["a"]) == (9, 1)
     with pytest.raises(AttributeError, match="Missing attribute 'z'"):
-        made.hparams.z  # noqa: B018
+        made.hparams.z
     assert isinstance(made.hparams, AttributeDict)
 
 

@@ -195,24 +195,3 @@ def _unlisted(path: str, problem: container.NotWhole) -> Entry:
     return Entry(
         path, reason is None, reason, None, None, {}, status.st_mtime, status.st_size, False, "full", foreign
     )
-
-
-def remove_stray_temp_files(directory: str | os.PathLike[str]) -> list[str]:
-    """Remove temporary files that a killed process left behind; return their names.
-
-    A file whose lock is held by a living process stays.
-
-    Raises:
-        StorageError: if the directory cannot be read or a stray file cannot be removed.
-    """
-    top = os.fspath(directory)
-    removed = []
-    try:
-        for name in sorted(os.listdir(top)):
-            if commit.is_temporary(name) and commit.remove_if_stray(os.path.join(top, name)):
-                removed.append(name)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise commit.storage_error(top, "clean the directory", error) from error
-    return removed

@@ -55,6 +55,10 @@ def replacing(path: str) -> Iterator[Replacement]:
     path = os.path.abspath(path)
     directory = os.path.dirname(path)
     make_directories(directory)
+    if directory not in _swept:
+        _swept.add(directory)
+        with contextlib.suppress(StorageError):  # saving matters more; what is wrong is met again below
+            remove_stray_temp_files(directory)
     with _told(path, "create a file beside"):
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
@@ -109,18 +113,26 @@ def add_name(path: str, name: str) -> str:
             # A hard link shares the lock: nobody takes it for a stray file before it has its name.
             with contextlib.suppress(OSError):
                 fcntl.flock(source, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            kind, temporary = _linked_temporary(path, name, source.fileno())
-            crash_point("link-made")
-            try:
-                os.replace(temporary, name)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            kind = _link(path, name, source.fileno())
         crash_point("link-renamed")
     with _told(name, "fsync the directory of", in_place=True):
         fsync_directory(os.path.dirname(name))
     crash_point("link-synced")
+    return kind
+
+
+def _link(path: str, name: str, source: int, attempts: int = 2) -> str:
+    kind, temporary = _linked_temporary(path, name, source)
+    crash_point("link-made")
+    try:
+        os.replace(temporary, name)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, FileNotFoundError) and attempts > 1:
+            # A symlink has no lock, so another run that tidies up may have taken it for a stray one.
+            return _link(path, name, source, attempts - 1)
+        raise
     return kind
 
 
@@ -227,27 +239,57 @@ def is_temporary(name: str) -> bool:
     )
 
 
-def remove_if_stray(path: str) -> bool:
-    """Remove a temporary file that no process holds; return whether it was removed."""
+_swept: set[str] = set()
+"""Directories that this process has rid of what killed ones left there."""
+
+
+def remove_stray_temp_files(directory: str | os.PathLike[str]) -> list[str]:
+    """Remove temporary files that a killed process left behind; return their names.
+
+    A file whose lock is held by a living process stays.
+
+    Raises:
+        StorageError: if the directory cannot be read, or the disk fails.
+    """
+    top = os.fspath(directory)
+    removed = []
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        for name in sorted(os.listdir(top)):
+            if is_temporary(name) and remove_if_stray(os.path.join(top, name)):
+                removed.append(name)
     except FileNotFoundError:
-        return False
+        return []
     except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        os.unlink(path)  # a symlink on its way to a name; it holds nothing
-        return True
+        raise storage_error(top, "clean the directory", error) from error
+    return removed
+
+
+def remove_if_stray(path: str) -> bool:
+    """Remove a temporary file that no process holds; return whether it was removed.
+
+    One that cannot be told apart from a file in use (no locks here, or another user's file) stays.
+    """
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
-    except BlockingIOError:
+        if os.path.islink(path):  # on its way to a name; it holds nothing, and is made again if it is missed
+            os.unlink(path)
+            return True
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in _NOT_STRAY:
+            raise
         return False
-    except FileNotFoundError:
-        return False
-    finally:
-        os.close(fd)
     return True
+
+
+_NOT_STRAY = (
+    errno.EWOULDBLOCK, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP,
+    errno.ELOOP,
+)  # fmt: skip
 
 
 def _temporary_name(path: str) -> str:

@@ -119,10 +119,20 @@ class _Encoder:
             return encode_tensor(self, obj)
         handler = HANDLERS.get(kind)
         if handler is None:
+            return self.of_unknown_type(obj)
+        return handler(self, obj) if handler in LEAVES else self.container(obj, handler)
+
+    def of_unknown_type(self, obj: Any) -> Plain:
+        """A value of somebody's own class, whose methods may do anything."""
+        depth = len(self.path)
+        try:
             handler = handler_for(obj)
-        if handler in LEAVES:
-            return handler(self, obj)
-        return self.container(obj, handler)
+            return handler(self, obj) if handler in LEAVES else self.container(obj, handler)
+        except Unstorable:
+            raise
+        except Exception as error:
+            del self.path[depth:]
+            raise Unstorable(f"reading a {exact.type_name(type(obj))} raised {error!r}") from error
 
     def container(self, obj: Any, handler: Handler) -> Plain:
         key = id(obj)
@@ -190,7 +200,7 @@ class _Encoder:
             path.pop()
         return {"items": items} if items else None
 
-    def sequence(self, values: Iterable[Any]) -> tuple[list[Any], Spec | None]:
+    def sequence(self, values: Iterable[Any], *, drop: bool = False) -> tuple[list[Any], Spec | None]:
         into: list[Any] = []
         items: dict[str, Spec] = {}
         path = self.path
@@ -201,6 +211,9 @@ class _Encoder:
             except Unstorable as reason:
                 self.omit(reason)
                 plain, spec = None, None
+                if drop:
+                    path.pop()
+                    continue
             if spec is not None:
                 items[str(len(into))] = spec
             into.append(plain)

@@ -43,8 +43,8 @@ class Encoder(Protocol):
     def mapping(self, pairs: Iterable[tuple[Any, Any]], into: dict[Any, Any]) -> Spec | None:
         """Encode each value of a mapping into ``into``; return the spec of its items."""
 
-    def sequence(self, values: Iterable[Any]) -> tuple[list[Any], Spec | None]:
-        """Encode each value of a sequence; return them with the spec of its items."""
+    def sequence(self, values: Iterable[Any], *, drop: bool = False) -> tuple[list[Any], Spec | None]:
+        """Encode each value; return them with the spec of its items. ``drop`` leaves no None in a gap."""
 
     def once(self, obj: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """What ``make`` made of this very tensor, the same one each time."""
@@ -59,14 +59,14 @@ class Encoder(Protocol):
 Handler = Callable[[Encoder, Any], Plain]
 
 
-def plain_key(key: Any) -> Any:
+def plain_key(key: Any, depth: int = 0) -> Any:
     """The key as torch.load accepts it, equal to the original and with the same hash."""
     if key is None or type(key) in (bool, float):
         return key
     if isinstance(key, (str, int, float)):
         return _plain_number_or_text(key)
-    if isinstance(key, tuple):
-        return tuple(plain_key(part) for part in key)
+    if isinstance(key, tuple) and depth < 20:
+        return tuple(plain_key(part, depth + 1) for part in key)
     item = getattr(key, "item", None)
     if type(key).__module__ == "numpy" and item is not None and isinstance(item(), (bool, int, float)):
         return item()
@@ -178,7 +178,7 @@ def _check_memory(tensor: torch.Tensor) -> None:
     if tensor.layout is torch.strided and not tensor.is_meta:
         try:
             Span("", tensor)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the latter for devices whose memory torch cannot see
             raise Unstorable(str(error)) from None
 
 
@@ -312,22 +312,11 @@ def _deque(encoder: Encoder, obj: collections.deque[Any]) -> Plain:
 def _set(encoder: Encoder, obj: Any) -> Plain:
     word = "frozenset" if isinstance(obj, frozenset) else "set"
     try:
-        plain_set = {plain_key(member) for member in obj}
+        return {plain_key(member) for member in obj}, _typed(word) if word == "frozenset" else None
     except Unstorable:
-        # Its members need exact types (or have to be left out): a list holds them, with a spec for each.
-        into: list[Any] = []
-        items: dict[str, Spec] = {}
-        for member in obj:
-            try:
-                plain, spec = encoder.value(member)
-            except Unstorable as reason:
-                encoder.omit(reason, type(member).__name__)
-                continue
-            if spec is not None:
-                items[str(len(into))] = spec
-            into.append(plain)
-        return into, _typed(word, {"items": items})
-    return plain_set, _typed(word) if word == "frozenset" else None
+        # Its members need exact types, or have to be left out: a list holds them, with a spec for each.
+        plain, spec = encoder.sequence(obj, drop=True)
+        return plain, _typed(word, spec)
 
 
 def _vars(word: str) -> Handler:

@@ -71,10 +71,13 @@ class Record:
         """The record's bytes, copied."""
         if self.dense is None and self.storage.device.type == "cpu":
             return ctypes.string_at(self.storage.data_ptr() + self.start, self.length) if self.length else b""
-        return b"".join(self.chunks())
+        return b"".join(bytes(chunk) for chunk in self.chunks())
 
     def chunks(self) -> Iterator[Any]:
-        """The record's bytes in pieces of about `CHUNK_BYTES`; a device's memory is copied piece by piece."""
+        """The record's bytes in pieces of about `CHUNK_BYTES`; a device's memory is copied piece by piece.
+
+        Each piece is good only until the next one is asked for.
+        """
         if self.dense is not None:
             yield from _dense_chunks(self.dense)
         elif self.storage.device.type == "cpu":
