@@ -135,6 +135,7 @@ def fit(
     _attach(trainer, model, datamodule)
     _check_fit(trainer, model, train)
     trainer.fit_loop = trainer.evaluation_loop = None
+    trainer.seed = torch.initial_seed()
     trainer.enable_validation = (
         bool(trainer.limit_val_batches)
         and is_overridden("validation_step", model)

@@ -187,6 +187,7 @@ class Trainer(RunView):
         """Whether this fit validates."""
         self.batch_idx = 0
         self.seed = torch.initial_seed()
+        """What the seeds of batches and of validation derive from: torch's seed when fit began."""
         self.optimizers: list[Any] = []
         self.wrapped_optimizers: list[LightningOptimizer] = []
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
@@ -198,7 +199,7 @@ class Trainer(RunView):
         self.resumed_from: str | None = None
         """The checkpoint that the fit went on from."""
         self.resumed_automatically = False
-        """Whether "auto" or "last" chose it, so that it is the run's own to replace; else it is never deleted."""
+        """Whether "auto" or "last" chose it: then it is the run's to replace, else it is never deleted."""
         self.continues_version = False
         """Whether the fit writes on in the logs of the run that it goes on from."""
         self.save_requests: list[Checkpoint] = []
