@@ -12,7 +12,17 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+    random_split,
+)
 
 from .tape import Tape, bits
 
@@ -31,7 +41,11 @@ class Case:
     workers: int = 0
     persistent: bool = False
     own_generator: bool = False
-    sampler: str | None = None  # "weighted"
+    sampler: str | None = (
+        None  # "weighted", "epoch" (shuffles by set_epoch), "batch" (a batch sampler of its own)
+    )
+    subset: bool = False
+    collate: bool = False  # draws while it puts a batch together
     iterable: bool = False
     augment: tuple[str, ...] = ()  # of "torch", "numpy", "random"
     # model and optimization
@@ -41,6 +55,7 @@ class Case:
     scheduler: str | None = None  # "onecycle", "step", "multistep", "plateau"
     manual: bool = False
     target: str | None = None  # "module", "callback"
+    extra: str | None = None  # "warmup", "counter", "frozen", "keeps gradients"
     loss_factor: float = 1.0
     # validation
     validation: str | None = (
@@ -86,7 +101,9 @@ class Stream(IterableDataset[tuple[int, Tensor, Tensor]]):
 
 
 def train_loader(case: Case) -> DataLoader[Any]:
-    rows = Rows(case.rows, case.augment)
+    rows: Any = Rows(case.rows, case.augment)
+    if case.subset:
+        rows, _ = random_split(rows, [case.rows - 5, 5], torch.Generator().manual_seed(1))
     options: dict[str, Any] = {
         "batch_size": case.batch_size,
         "drop_last": case.drop_last,
@@ -95,13 +112,30 @@ def train_loader(case: Case) -> DataLoader[Any]:
     }
     if case.iterable:
         return DataLoader(Stream(rows), **options)
+    if case.collate:
+        options["collate_fn"] = collate_with_noise
     if case.own_generator:
         options["generator"] = torch.Generator().manual_seed(11)
     if case.sampler == "weighted":
         options["sampler"] = WeightedRandomSampler([1.0 + n % 3 for n in range(case.rows)], case.rows)
+    elif case.sampler == "epoch":
+        options["sampler"] = DistributedSampler(rows, num_replicas=2, rank=1)
+    elif case.sampler == "batch":
+        del options["batch_size"], options["drop_last"]
+        options["batch_sampler"] = BatchSampler(RandomSampler(rows), case.batch_size, case.drop_last)
     else:
         options["shuffle"] = case.shuffle
     return DataLoader(rows, **options)
+
+
+def collate_with_noise(rows: list[Any]) -> Any:
+    """The default collate, and noise from each global generator."""
+    ids, inputs, targets = default_collate(rows)
+    return (
+        ids,
+        inputs + 0.1 * torch.randn_like(inputs) + random.random() + float(numpy.random.rand()),
+        targets,
+    )
 
 
 def val_loader(case: Case) -> DataLoader[Any] | None:
@@ -111,8 +145,8 @@ def val_loader(case: Case) -> DataLoader[Any] | None:
     return DataLoader(Rows(9, augment), batch_size=4, shuffle=case.validation == "shuffled")
 
 
-def module_class(pl: Any) -> type:
-    """The module of every case, on top of ``pl.LightningModule``."""
+def module_class(pl: Any, extra: str | None) -> type:
+    """The module of every case with this ``extra``, on top of ``pl.LightningModule``."""
 
     class CaseModule(pl.LightningModule):
         def __init__(self, case: Case, tape: Tape) -> None:
@@ -182,7 +216,70 @@ def module_class(pl: Any) -> type:
                 return optimizer
             return {"optimizer": optimizer, "lr_scheduler": make_scheduler(self.case, optimizer)}
 
+    return CaseModule if extra is None else EXTRAS[extra](CaseModule)
+
+
+def with_warmup(base: Any) -> type:
+    """The learning rate is set in optimizer_step, from the step: there is no scheduler to restore."""
+
+    class CaseModule(base):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+            optimizer.step(closure=optimizer_closure)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.002 * min(10, 1 + self.trainer.global_step)
+
     return CaseModule
+
+
+def with_counter(base: Any) -> type:
+    """A state that is no parameter, put into checkpoints by the module itself."""
+
+    class CaseModule(base):
+        seen = 0
+
+        def compute_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+            self.seen += self.training
+            return super().compute_loss(inputs, targets) / (1 + 0.1 * self.seen)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["seen"] = self.seen
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.seen = checkpoint["seen"]
+
+    return CaseModule
+
+
+def with_frozen_layer(base: Any) -> type:
+    """In the second epoch the first layers stop training: no gradients, and their statistics stand still."""
+
+    class CaseModule(base):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.net[0].requires_grad_(False)
+                self.net[1].eval()
+
+    return CaseModule
+
+
+def with_gradients_kept(base: Any) -> type:
+    """Gradients are only halved where they would be cleared, so each step depends on all before it."""
+
+    class CaseModule(base):
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            for parameter in self.net.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(0.5)
+
+    return CaseModule
+
+
+EXTRAS = {
+    "warmup": with_warmup,
+    "counter": with_counter,
+    "frozen": with_frozen_layer,
+    "keeps gradients": with_gradients_kept,
+}
 
 
 def move_target(module: Any) -> None:

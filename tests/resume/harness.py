@@ -98,7 +98,7 @@ def run(case: Case, root: Path, ckpt_path: Path | None = None, *, save: bool = T
     if ckpt_path is not None:  # what is not restored shall show: other weights, generators that moved on
         torch.rand(7), numpy.random.rand(7), random.random()
     tape = Tape()
-    module = with_recorded_hooks(module_class(holdfast), tape)(case, tape)
+    module = with_recorded_hooks(module_class(holdfast, case.extra), tape)(case, tape)
     saver = SaveEverywhere(root / "points" if save else None, tape)
     trainer = holdfast.Trainer(
         accelerator="cpu",

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from .cases import Case
+import holdfast
+
+from .cases import Case, module_class, train_loader
 from .harness import (
     assert_continues,
     assert_resumes_exactly,
@@ -24,6 +26,7 @@ from .harness import (
     spread,
     tape_difference,
 )
+from .tape import Tape
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The number of training batches:UserWarning",
@@ -41,6 +44,10 @@ CASES = {
     "a loader's own generator": Case(own_generator=True),
     "a weighted sampler": Case(sampler="weighted"),
     "a weighted sampler and its own generator": Case(sampler="weighted", own_generator=True),
+    "a sampler that shuffles by set_epoch": Case(sampler="epoch"),
+    "a batch sampler of the user's": Case(sampler="batch"),
+    "a random split": Case(subset=True, augment=("torch",)),
+    "a collate function that draws": Case(collate=True),
     "augmentation from torch": Case(augment=("torch",)),
     "augmentation from numpy": Case(augment=("numpy",)),
     "augmentation from random": Case(augment=("random",)),
@@ -93,6 +100,10 @@ CASES = {
     "a target network and accumulation": Case(target="module", trainer={"accumulate_grad_batches": 3}),
     "two optimizers stepped by hand": Case(manual=True),
     "two optimizers stepped by hand, validated": Case(manual=True, dropout=True, **VALIDATED),
+    "a learning rate set in optimizer_step": Case(extra="warmup"),
+    "a counter in the module's on_save_checkpoint": Case(extra="counter"),
+    "layers frozen in the second epoch": Case(extra="frozen", batch_norm=True, optimizer="adam"),
+    "gradients kept from step to step": Case(extra="keeps gradients"),
     # the end of the run
     "max_steps in the middle of an epoch": Case(trainer={"max_steps": 11, "max_epochs": -1}),
 }
@@ -241,8 +252,73 @@ class TestWorkers:
         assert_continues(whole, resumed, 5)
 
 
+class TestTheSameCommand:
+    """A run stopped by an exception and started again with ckpt_path="auto", as a user has it: CSV and all."""
+
+    @pytest.mark.parametrize("step", [6, 8, 13])
+    def test_ends_with_the_same_files(self, step: int, tmp_path: Path) -> None:
+        fit_as_users_do(tmp_path / "whole")
+        with pytest.raises(KeyError, match="stopped on purpose"):
+            fit_as_users_do(tmp_path / "stopped", stop_at=step)
+        again = fit_as_users_do(tmp_path / "stopped")
+        assert Path(again.resumed_from).name == "last.ckpt"
+        whole, stopped = (contents(tmp_path / name / "csv" / "version_0") for name in ("whole", "stopped"))
+        assert sorted(whole) == sorted(stopped)
+        assert whole["metrics.csv"] == stopped["metrics.csv"]
+
+    def test_starts_anew_where_nothing_was_saved_yet(self, tmp_path: Path) -> None:
+        fit_as_users_do(tmp_path / "whole")
+        with pytest.raises(KeyError, match="stopped on purpose"):
+            fit_as_users_do(tmp_path / "stopped", stop_at=1)
+        again = fit_as_users_do(tmp_path / "stopped")
+        assert again.resumed_from is None
+        whole = contents(tmp_path / "whole" / "csv" / "version_0")
+        assert contents(Path(again.log_dir))["metrics.csv"] == whole["metrics.csv"]
+
+    def test_last_goes_on_from_the_newest(self, tmp_path: Path) -> None:
+        with pytest.raises(KeyError, match="stopped on purpose"):
+            fit_as_users_do(tmp_path, stop_at=13)
+        again = fit_as_users_do(tmp_path, ckpt_path="last")
+        assert Path(again.resumed_from).name == "last.ckpt"
+        assert again.global_step == 16
+
+
+def fit_as_users_do(root: Path, stop_at: int | None = None, ckpt_path: str = "auto") -> Any:
+    """Two epochs with a CSV logger, the best two and the newest kept, saved every second step."""
+
+    class Stop(holdfast.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == stop_at:
+                raise KeyError("stopped on purpose")
+
+    holdfast.seed_everything(1)
+    saving = holdfast.callbacks.ModelCheckpoint(
+        monitor="loss_step", save_top_k=2, every_n_train_steps=2, save_last=True
+    )
+    trainer = holdfast.Trainer(
+        accelerator="cpu",
+        default_root_dir=root,
+        logger=holdfast.loggers.CSVLogger(root, name="csv"),
+        log_every_n_steps=1,
+        callbacks=[saving, Stop()],
+        max_epochs=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    case = Case(**RANDOM, scheduler="onecycle")
+    trainer.fit(module_class(holdfast, None)(case, Tape()), train_loader(case), ckpt_path=ckpt_path)
+    return trainer
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 class TestStreams:
     """An iterable without state is read again from its start."""
+
+    def test_with_workers(self, tmp_path: Path) -> None:
+        assert_resumes_exactly(Case(iterable=True, shuffle=False, workers=2), tmp_path, one_inside)
 
     def test_resumes_exactly(self, tmp_path: Path) -> None:
         assert_resumes_exactly(Case(iterable=True, shuffle=False, dropout=True), tmp_path, spread)
