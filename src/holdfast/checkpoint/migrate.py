@@ -40,8 +40,7 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
         if run.get("format_version", 0) > FORMAT_VERSION:
             raise CheckpointIncompatible(
                 f"{source} has format version {run['format_version']}; this holdfast reads up to "
-                f"{FORMAT_VERSION}. "
-                "Upgrade holdfast."
+                f"{FORMAT_VERSION}. Upgrade holdfast."
             )
         return upgraded
     for applies, change in _FROM_LIGHTNING:

@@ -143,8 +143,7 @@ def ordered(callbacks: list[Callback]) -> list[Callback]:
         if other is not callback and type(callback).state_dict is not Callback.state_dict:
             raise ConfigError(
                 f"Two callbacks have the state key {callback.state_key!r}, so a checkpoint could hold the "
-                f"state of one "
-                "only. Give them different arguments, or override the property state_key."
+                f"state of one only. Give them different arguments, or override the property state_key."
             )
     return sorted(callbacks, key=lambda callback: isinstance(callback, Checkpoint))
 

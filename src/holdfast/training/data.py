@@ -112,6 +112,7 @@ class BatchStream:
         self._seed_parts = (seed, stage, index, rank)
         self._iterable = loader
         self._begin: dict[str, Any] | None = None
+        self._running: Any = None
         self.stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         self.seekable = False
         if isinstance(loader, DataLoader):
@@ -236,16 +237,24 @@ class BatchStream:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 
-    def _batches(self, position: int) -> Iterator[Any]:
-        if self.seekable:
-            if not self.isolated:
-                return iter(self._iterable)
-            return self._leaving()
-        return self._replayed(position)
+    def close(self) -> None:
+        """Stop worker processes now; left to the garbage collector they hold memory, and seconds later."""
+        iterators: tuple[Any, ...] = (self._running, getattr(self._iterable, "_iterator", None))
+        for iterator in iterators:
+            if hasattr(iterator, "_shutdown_workers"):
+                iterator._shutdown_workers()
+        self._running = None
+        if self._iterable is not self.loader:
+            self._iterable.__dict__["_iterator"] = None
 
-    def _leaving(self) -> Iterator[Any]:
+    def _batches(self, position: int) -> Iterator[Any]:
+        if not self.seekable:
+            return self._replayed(position)
+        self._running = iter(self._iterable)
+        return self._leaving(self._running) if self.isolated else self._running
+
+    def _leaving(self, batches: Iterator[Any]) -> Iterator[Any]:
         leave = self.isolation.leave
-        batches = iter(self._iterable)
         while True:
             try:
                 batch = next(batches)
@@ -256,11 +265,9 @@ class BatchStream:
             yield batch
 
     def _replayed(self, skip: int) -> Iterator[Any]:
-        """An iterable's batches after the first ``skip``; its draws in this process are isolated batch by "
-        "batch.
-        """
+        """An iterable's batches after the first ``skip``; its draws are isolated batch by batch."""
         base, isolation = self.seed_base, self.isolation
-        batches = iter(self._iterable)
+        self._running = batches = iter(self._iterable)
         index = 0
         while True:
             isolation.enter(rng.mix(base, index))
@@ -298,9 +305,7 @@ def _is_loader(item: Any) -> bool:
 
 
 def batch_size_of(batch: Any) -> int:
-    """Rows in a batch: the first dimension of the first tensor found in it (1 for a scalar; 1 if none is "
-    "found).
-    """
+    """Rows in a batch: the first dimension of the first tensor in it; 1 where there is none."""
     if isinstance(batch, torch.Tensor):
         return batch.size(0) if batch.ndim else 1
     if isinstance(batch, (str, bytes)):
@@ -316,9 +321,7 @@ def batch_size_of(batch: Any) -> int:
 
 
 def move_to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it (and anything with ``.to``) on ``device``; containers keep their "
-    "type.
-    """
+    """The batch with every tensor in it, and anything with ``.to``, on ``device``."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=device.type != "cpu")
     if isinstance(batch, dict):

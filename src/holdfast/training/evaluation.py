@@ -131,6 +131,11 @@ class EvaluationLoop:
             call(trainer, f"on_{prefix}_model_train", only="module")
         return outputs if keep_outputs else self._per_loader(results)
 
+    def close(self) -> None:
+        """Stop the loaders' worker processes."""
+        for stream in self.streams:
+            stream.close()
+
     def _run_loader(
         self, results: Results, index: int, number: int, max_batches: int | float, keep: bool
     ) -> list[Any]:
@@ -183,9 +188,7 @@ class EvaluationLoop:
             progress.validation_batches += 1
 
     def _per_loader(self, results: Results) -> list[dict[str, float]]:
-        """The epoch's metrics as numbers, one dict per loader; metrics of no loader in particular are in "
-        "each.
-        """
+        """The epoch's metrics as numbers, one dict per loader; what belongs to no loader is in each."""
         metrics = {name: value.item() for name, value in results.epoch_metrics(lambda entry: True).items()}
         many = len(self.streams) > 1
         per_loader: list[dict[str, float]] = [{} for _ in self.streams] or [{}]

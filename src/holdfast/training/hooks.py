@@ -138,9 +138,7 @@ class CheckpointHooks:
 
 
 def is_overridden(name: str, owner: Any) -> bool:
-    """True if ``owner``'s class or the object itself defines the hook rather than inheriting holdfast's "
-    "no-op.
-    """
+    """True if ``owner`` or its class defines the hook, rather than inheriting holdfast's no-op."""
     if owner is None:
         return False
     if name in vars(owner):

@@ -1,6 +1,4 @@
-"""Hyperparameters: what ``__init__`` was called with, kept so that a checkpoint can build the module "
-"again.
-"""
+"""Hyperparameters: what ``__init__`` was called with, so that a checkpoint can build the module again."""
 
 from __future__ import annotations
 
@@ -120,8 +118,7 @@ class HyperparametersMixin:
             if whole is None:
                 raise ConfigError(
                     "save_hyperparameters(x): expected names of arguments, or one Namespace, dict or "
-                    "dataclass, "
-                    f"found {type(args[0]).__name__}."
+                    f"dataclass, found {type(args[0]).__name__}."
                 )
             name = next((key for key, value in found.items() if value is args[0]), "kwargs")
             values = {key: value for key, value in whole.items() if key not in left_out}
@@ -200,7 +197,6 @@ def instantiate(
         raise CheckpointIncompatible(
             f"{cls.__name__}.load_from_checkpoint: __init__ needs {', '.join(map(repr, missing))}, which the "
             f"checkpoint's hyperparameters {sorted(map(str, saved))} do not hold. Give it as a keyword "
-            f"argument, or call "
-            "self.save_hyperparameters() in __init__ before training."
+            f"argument, or call self.save_hyperparameters() in __init__ before training."
         )
     return cls(**values)

@@ -75,8 +75,7 @@ class FitLoop:
             if interval > batches and self.trainer.check_val_every_n_epoch is not None:
                 raise ConfigError(
                     f"Trainer(val_check_interval={interval}) is more than the {batches} batches of an "
-                    f"epoch. With "
-                    "check_val_every_n_epoch=None it counts batches across epochs."
+                    f"epoch. With check_val_every_n_epoch=None it counts batches across epochs."
                 )
             return interval
         if math.isinf(batches):
@@ -84,17 +83,21 @@ class FitLoop:
                 return batches
             raise ConfigError(
                 f"Trainer(val_check_interval={interval}): the training data has no length to take a "
-                f"fraction of. "
-                "Give a number of batches."
+                f"fraction of. Give a number of batches."
             )
         return max(1, int(batches * interval))
+
+    def close(self) -> None:
+        """Stop the loaders' worker processes."""
+        if self.stream is not None:
+            self.stream.close()
+        if self.validation is not None:
+            self.validation.close()
 
     # -- the run ---------------------------------------------------------------------------------------------
 
     def sanity_check(self) -> None:
-        """A few validation batches before training, on random numbers of their own and leaving no metric "
-        "behind.
-        """
+        """A few validation batches before training, on seeds of their own, leaving no metric behind."""
         trainer = self.trainer
         if not trainer.enable_validation or not trainer.num_sanity_val_steps or self._resumed is not None:
             return
@@ -318,9 +321,7 @@ class FitLoop:
             trainer.log_to_loggers(metrics, self.progress.batches_that_stepped)
 
     def _after_batch(self, index: int, is_last: bool, stepped: bool) -> bool:
-        """What follows a batch and its safe point; returns whether the epoch ends here, however many "
-        "batches are left.
-        """
+        """What follows a batch and its safe point; returns whether the epoch is cut short here."""
         trainer, progress = self.trainer, self.progress
         if self.validates_this_epoch and self._validation_due(index, is_last):
             self._validate(stepped)

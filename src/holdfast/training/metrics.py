@@ -254,8 +254,7 @@ class Results:
         if not isinstance(value, (Tensor, int, float)) and not _is_metric(value):
             raise ConfigError(
                 f"self.log({name!r}, value): expected a number, a tensor of one element or a TorchMetrics "
-                f"object, "
-                f"found {type(value).__name__}."
+                f"object, found {type(value).__name__}."
             )
         entry = Entry(name, fx, reduce, on_step, on_epoch, prog_bar, True if logger is None else bool(logger))
         entry.asked = asked

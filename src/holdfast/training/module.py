@@ -79,9 +79,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         return self(args[0] if args else kwargs["batch"])
 
     def configure_optimizers(self) -> Any:
-        """Return one optimizer, several, or them with their schedulers, in any of Lightning's documented "
-        "forms.
-        """
+        """Return optimizers, alone or with their schedulers, in any of Lightning's documented forms."""
 
     def configure_callbacks(self) -> Any:
         """Return callbacks that belong to this model; they replace the trainer's of the same type."""

@@ -312,8 +312,7 @@ class AutomaticOptimization(Optimization):
             if not self._ran:
                 raise ConfigError(
                     f"{type(self.module).__name__}.optimizer_step did not run optimizer_closure, so "
-                    f"nothing was "
-                    "trained. Pass it on: optimizer.step(closure=optimizer_closure)."
+                    f"nothing was trained. Pass it on: optimizer.step(closure=optimizer_closure)."
                 )
             self.trainer.progress.global_step += 1
         outputs, self._outputs, self._batch = self._outputs, None, None
@@ -374,9 +373,7 @@ class AutomaticOptimization(Optimization):
             )
 
     def step_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-        """Step as the precision demands: with a scaler the closure runs first and the gradients are "
-        "unscaled.
-        """
+        """Step; with a scaler the closure runs first and the gradients are unscaled."""
         if self.scaler is None:
             return optimizer.step(self.closure if closure is None else closure, **kwargs)
         loss = (self.closure if closure is None else closure)()
@@ -393,9 +390,7 @@ class ManualOptimization(Optimization):
     """Runs ``training_step`` and leaves the rest to it; steps are counted by the wrapped optimizers."""
 
     def run(self, batch: Any, batch_idx: int, *, zero: bool, step: bool, divide_by: int) -> Any:
-        """Train on one batch; see `AutomaticOptimization.run`. The window's arguments have no meaning "
-        "here.
-        """
+        """Train on one batch, like `AutomaticOptimization.run`; there are no windows here."""
         if self.engine.copying:
             self.engine.wait_for_copy()
         output = self.forward(batch, batch_idx)

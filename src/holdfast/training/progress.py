@@ -90,8 +90,7 @@ class Progress:
     validations: int = 0
     """Validation runs."""
     validation_batches: int = 0
-    """Validation batches over all runs: the step number of values that validation logs for each of its "
-    "steps."""
+    """Validation batches over all runs: the step number of what validation logs for each batch."""
     full_epoch: bool = True
     """Whether the epoch that ended saw all its batches; false when it was stopped early."""
     should_stop: bool = False

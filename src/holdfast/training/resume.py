@@ -67,9 +67,7 @@ def _read(path: str, for_fit: bool) -> Any:
 
 
 def run_directories(trainer: Trainer) -> list[str]:
-    """Every directory in which this run's checkpoints may be: callbacks' own ones, and all versions of "
-    "the run root.
-    """
+    """Where this run's checkpoints may be: callbacks' own directories, and all versions of the root."""
     directories: list[str] = []
     callbacks: list[Any] = [c for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
     directories += [os.path.abspath(c.dirpath) for c in callbacks]
@@ -84,9 +82,7 @@ def _listed(trainer: Trainer) -> str:
 
 
 def _candidates(trainer: Trainer) -> list[catalog.Entry]:
-    """Newest first. Files of one save under several names are all listed: if one is gone, another is "
-    "there.
-    """
+    """Newest first, each name of a file by itself: if one is gone, another may be there."""
     entries: list[catalog.Entry] = []
     for directory in run_directories(trainer):
         if os.path.isdir(directory):

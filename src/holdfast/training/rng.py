@@ -82,9 +82,7 @@ def mix(base: int, index: int) -> int:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python, torch's CPU generator and NumPy (if loaded) from one 64-bit number; GPUs stay as they "
-    "are.
-    """
+    """Seed Python's, torch's CPU and NumPy's generator (if loaded) from one 64-bit number."""
     random.seed(seed)
     torch.default_generator.manual_seed(seed)
     numpy = sys.modules.get("numpy")

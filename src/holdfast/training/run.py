@@ -52,6 +52,9 @@ def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
         trainer.state.status = TrainerStatus.FINISHED
         return result
     finally:
+        for loop in (trainer.fit_loop, trainer.evaluation_loop):
+            if loop is not None:
+                loop.close()
         trainer.state.stage = None
         if trainer.model is not None:
             trainer.model._results = None

@@ -130,9 +130,7 @@ class RunView:
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps of the whole fit, from the limits and the length of the data; infinite if there "
-        "is no end.
-        """
+        """Optimizer steps of the whole fit, from the limits and the data's length; may be infinite."""
         loop = self.fit_loop
         if loop is None:
             raise RuntimeError("trainer.estimated_stepping_batches is known during fit only.")

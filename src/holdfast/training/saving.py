@@ -49,9 +49,7 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
 def save(
     trainer: Trainer, names: list[str], *, weights_only: bool, exact: bool, extra: dict[str, Any]
 ) -> SaveReport:
-    """Write the run as it is now under all of ``names``; what cannot be stored is named once, as a "
-    "warning.
-    """
+    """Write the run as it is under all of ``names``; warn once of each thing that cannot be stored."""
     payload = state.capture(trainer, weights_only=weights_only, exact=exact)
     summary = {
         "step": trainer.global_step,

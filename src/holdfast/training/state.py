@@ -121,9 +121,7 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
 
 
 def _capture_gradients(trainer: Trainer) -> dict[str, Tensor] | None:
-    """Gradients that the next batch goes on from: those of a half-done accumulation, or of code that "
-    "decides itself.
-    """
+    """The gradients that the next batch goes on from; None where it starts by clearing them."""
     module, progress = trainer.lightning_module, trainer.progress
     mid_epoch = progress.stage in (BATCH, VALIDATED)
     half_window = mid_epoch and progress.batch % trainer.accumulate_grad_batches != 0
@@ -249,9 +247,7 @@ def _read_hparams_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> None:
-    """Weights, after the hooks that may change the checkpoint. The rest needs the optimizers to exist "
-    "first.
-    """
+    """Weights, after the hooks that may change the checkpoint; the rest needs optimizers first."""
     module = trainer.lightning_module
     if trainer.datamodule is not None:
         trainer.datamodule.on_load_checkpoint(payload)
@@ -280,8 +276,7 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
         if len(live) != len(saved):
             raise CheckpointIncompatible(
                 f"{source} holds the state of {len(saved)} {what}, but configure_optimizers returned "
-                f"{len(live)}. "
-                "Resume with the optimizers that the run was started with."
+                f"{len(live)}. Resume with the optimizers that the run was started with."
             )
     for index, (optimizer, state) in enumerate(
         zip(trainer.optimizers, payload["optimizer_states"], strict=True)
@@ -374,8 +369,7 @@ def describe_resume(trainer: Trainer, payload: dict[str, Any], path: str, skippe
     if not run.get("exact"):
         rank_zero_info(
             "this checkpoint was not taken at a safe point (or is not holdfast's): the run goes on from "
-            "it, but not "
-            "bit-identical to one that never stopped"
+            "it, but not bit-identical to one that never stopped"
         )
     saved, here = run.get("environment"), environment()
     if saved is not None and saved != here:

@@ -288,9 +288,7 @@ class Trainer(RunView):
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Return what ``predict_step`` returns for every batch: a list, or one per loader if there are "
-        "several.
-        """
+        """Return what ``predict_step`` returns for every batch; with several loaders a list of lists."""
         keep = return_predictions is not False
         return self._evaluate(
             TrainerFn.PREDICTING, model, dataloaders, datamodule, ckpt_path, keep_outputs=keep
@@ -361,9 +359,7 @@ class Trainer(RunView):
             logger.log_metrics(values, step=max(step, 0))
 
     def call_epoch_end(self) -> None:
-        """``on_train_epoch_end``: callbacks, the module, and last those callbacks that judge what these "
-        "logged.
-        """
+        """``on_train_epoch_end``: callbacks, the module, last the callbacks that judge what these logged."""
         results = self.results
         results.fx = "on_train_epoch_end"
         judges = [c for c in self.callbacks if isinstance(c, (Checkpoint, EarlyStopping))]
