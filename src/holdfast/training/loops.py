@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from holdfast.callbacks.base import Checkpoint
+from holdfast.callbacks.early_stopping import EarlyStopping
 from holdfast.errors import ConfigError
 from holdfast.training import rng, state
 from holdfast.training.data import BatchStream, batch_size_of
@@ -365,7 +367,7 @@ class FitLoop:
         metrics.train.batch = None
         metrics.train.epoch_ended = True
         progress.full_epoch = progress.batch >= self.batches or math.isinf(self.batches)
-        trainer.call_epoch_end()
+        self._call_epoch_end()
         to_log = metrics.publish(metrics.train)
         if self.epoch_plateaus and progress.full_epoch:
             step_schedulers(trainer, "epoch", plateau=True)
@@ -374,3 +376,17 @@ class FitLoop:
         if trainer.save_requests:
             trainer.safe_point()
         progress.epoch, progress.batch, progress.stage = progress.epoch + 1, 0, START
+
+    def _call_epoch_end(self) -> None:
+        """``on_train_epoch_end``: callbacks, the module, last the callbacks that judge what these logged."""
+        trainer, results = self.trainer, self.trainer.metrics.train
+        results.fx = "on_train_epoch_end"
+        using = [callback for callback in trainer.callbacks if callback.uses_hook("on_train_epoch_end")]
+        judges = [callback for callback in using if isinstance(callback, (Checkpoint, EarlyStopping))]
+        for callback in using:
+            if callback not in judges:
+                callback.on_train_epoch_end(trainer, trainer.lightning_module)
+        call(trainer, "on_train_epoch_end", only="module")
+        for callback in judges:
+            callback.on_train_epoch_end(trainer, trainer.lightning_module)
+        results.fx = None

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from holdfast.callbacks.base import Callback, Checkpoint
-from holdfast.callbacks.early_stopping import EarlyStopping
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.errors import ConfigError
 from holdfast.strategies.single import SingleDeviceStrategy, choose_device
 from holdfast.training import configuration, run
 from holdfast.training.datamodule import LightningDataModule
 from holdfast.training.evaluation import EvaluationLoop
-from holdfast.training.hooks import call
 from holdfast.training.loops import FitLoop
 from holdfast.training.metrics import MetricStore, Results
 from holdfast.training.module import LightningModule
@@ -357,20 +355,6 @@ class Trainer(RunView):
             values.setdefault("epoch", self.current_epoch)
         for logger in self.loggers:
             logger.log_metrics(values, step=max(step, 0))
-
-    def call_epoch_end(self) -> None:
-        """``on_train_epoch_end``: callbacks, the module, last the callbacks that judge what these logged."""
-        results = self.results
-        results.fx = "on_train_epoch_end"
-        judges = [c for c in self.callbacks if isinstance(c, (Checkpoint, EarlyStopping))]
-        for callback in self.callbacks:
-            if callback not in judges and callback.uses_hook("on_train_epoch_end"):
-                callback.on_train_epoch_end(self, self.lightning_module)
-        call(self, "on_train_epoch_end", only="module")
-        for callback in judges:
-            if callback.uses_hook("on_train_epoch_end"):
-                callback.on_train_epoch_end(self, self.lightning_module)
-        results.fx = None
 
     @property
     def optimization(self) -> Any:
