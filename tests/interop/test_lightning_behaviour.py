@@ -175,7 +175,9 @@ class TestModelCheckpoint:
     def test_keeps_all_under_one_name(self, tmp_path: Path) -> None:
         """Here Lightning writes over the file of before, although save_top_k=-1 asks for all of them."""
         seed(holdfast)
-        callback = holdfast.callbacks.ModelCheckpoint(dirpath=tmp_path / "all", filename="model", save_top_k=-1)
+        callback = holdfast.callbacks.ModelCheckpoint(
+            dirpath=tmp_path / "all", filename="model", save_top_k=-1
+        )
         make_trainer(holdfast, tmp_path, callbacks=[callback]).fit(module_class(holdfast)())
         assert tree(tmp_path / "all") == ["model-v1.ckpt", "model-v2.ckpt", "model.ckpt"]
 

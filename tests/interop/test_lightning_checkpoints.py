@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ class TestOthersOpenOurs:
         _, path = ours
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
+
+    def test_hyperparameters_that_lightning_saves_and_cannot_load(self, tmp_path: Path) -> None:
+        """Others get the nearest plain values; we get back what was saved."""
+        notes = {"data": Path("rows.csv"), "options": Namespace(depth=2)}
+        module = make_module(holdfast, notes=notes)
+        trainer = make_trainer(holdfast, tmp_path, max_epochs=1)
+        trainer.fit(module)
+        trainer.save_checkpoint(tmp_path / "ours.ckpt")
+        theirs = module_class(lightning).load_from_checkpoint(tmp_path / "ours.ckpt")
+        assert theirs.hparams.notes == {"data": "rows.csv", "options": {"depth": 2}}
+        assert module_class(holdfast).load_from_checkpoint(tmp_path / "ours.ckpt").hparams.notes == notes
 
     @pytest.mark.parametrize("scheduler", ["onecycle", "step", "plateau"])
     def test_lightning_trains_on_from_the_end_of_an_epoch(self, scheduler: str, tmp_path: Path) -> None:
@@ -187,6 +199,17 @@ class TestWeGoOnFromLightnings:
         loaded = module_class(holdfast).load_from_checkpoint(tmp_path / "theirs.ckpt")
         assert same_weights(trained, loaded)
         assert dict(loaded.hparams) == dict(trained.hparams)
+
+    def test_the_model_alone_with_hyperparameters_that_lightning_cannot_load(self, tmp_path: Path) -> None:
+        trained = make_module(lightning, notes=Namespace(depth=2))
+        trainer = make_trainer(lightning, tmp_path, max_epochs=1)
+        trainer.fit(trained)
+        trainer.save_checkpoint(tmp_path / "theirs.ckpt")
+        with pytest.raises(Exception, match="weights_only"):
+            module_class(lightning).load_from_checkpoint(tmp_path / "theirs.ckpt")
+        loaded = module_class(holdfast).load_from_checkpoint(tmp_path / "theirs.ckpt")
+        assert same_weights(trained, loaded)
+        assert loaded.hparams.notes == Namespace(depth=2)
 
     def test_best_scores_of_its_model_checkpoint(self, tmp_path: Path) -> None:
         """The files that Lightning ranked go on being ranked."""

@@ -113,6 +113,22 @@ def test_an_iterable_is_replayed_with_the_same_draws() -> None:
     assert listed(stream.resume(0, 2, state, nothing_left=False)) == whole[2:]
 
 
+def test_a_loader_that_iterates_in_its_own_way_is_replayed() -> None:
+    class Doubled(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                yield batch
+                yield batch
+
+        def __len__(self) -> int:
+            return 2 * super().__len__()
+
+    stream = stream_of(Doubled(Drawing(8), batch_size=2, shuffle=True))
+    torch.manual_seed(2)
+    whole = listed(stream.start(0))
+    assert listed(stream.resume(0, 3, stream.state(mid_epoch=True), nothing_left=False)) == whole[3:]
+
+
 def test_data_that_ends_before_the_position_is_named() -> None:
     stream = stream_of([torch.zeros(1)] * 3)
     list(stream.start(0))

@@ -117,7 +117,9 @@ class BatchStream:
         self.seekable = False
         if isinstance(loader, DataLoader):
             self.workers = loader.num_workers > 0
-            if not self.stateful and not isinstance(loader.dataset, IterableDataset):
+            # A subclass with an __iter__ of its own may not ask the sampler that stands in for the user's.
+            own_iteration = type(loader).__iter__ is not DataLoader.__iter__
+            if not self.stateful and not own_iteration and not isinstance(loader.dataset, IterableDataset):
                 self.seekable = True
                 self.isolated = not self.workers and not _never_draws(loader)
                 self._iterable = self._seeded_copy(loader)
