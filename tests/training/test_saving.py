@@ -103,6 +103,21 @@ class TestSafePoint:
         assert load(tmp_path / "epoch=0-step=1.ckpt")["global_step"] == 1
         assert callback.best_model_path == str(tmp_path / "epoch=0-step=1.ckpt")
 
+    def test_what_one_callback_deletes_is_not_anothers(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_links(*args: Any, **kwargs: Any) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", no_links)
+        callbacks = [
+            ModelCheckpoint(tmp_path / "a", every_n_train_steps=1, save_top_k=1),
+            ModelCheckpoint(tmp_path / "b", every_n_train_steps=1, save_top_k=-1, mode="max"),
+        ]
+        trainer(callbacks=callbacks).fit(Toy(), rows())
+        assert os.listdir(tmp_path / "a") == ["epoch=0-step=3.ckpt"]
+        assert [load(path)["global_step"] for path in sorted((tmp_path / "b").iterdir())] == [1, 2, 3]
+
     def test_a_callback_of_ones_own_can_ask(self, tmp_path: Path) -> None:
         class Mine(Checkpoint):
             done: list[str]

@@ -87,12 +87,17 @@ def replacing(path: str) -> Iterator[Replacement]:
     crash_point("directory-synced")
 
 
-def add_name(path: str, name: str) -> str:
+def add_name(path: str, name: str, *, symlink: bool = True) -> str:
     """Put the content of ``path`` under a second name as well, for 0 bytes where the file system can.
 
     Tries a reflink, a hard link, a relative symlink, then a copy; returns which one it was. The name changes
     over at once, like a rename. Files that share an inode are made read-only, because writing into one of
     them would change the other; saving over either name is safe.
+
+    Args:
+        path: the file.
+        name: its further name.
+        symlink: False copies rather than symlinks: such a name has to outlive the file's first one.
 
     Blocks: until the new name is on disk.
 
@@ -113,7 +118,7 @@ def add_name(path: str, name: str) -> str:
             # A hard link shares the lock: nobody takes it for a stray file before it has its name.
             with contextlib.suppress(OSError):
                 fcntl.flock(source, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            kind = _link(path, name, source.fileno())
+            kind = _link(path, name, source.fileno(), symlink)
         crash_point("link-renamed")
     with _told(name, "fsync the directory of", in_place=True):
         fsync_directory(os.path.dirname(name))
@@ -121,8 +126,8 @@ def add_name(path: str, name: str) -> str:
     return kind
 
 
-def _link(path: str, name: str, source: int, attempts: int = 2) -> str:
-    kind, temporary = _linked_temporary(path, name, source)
+def _link(path: str, name: str, source: int, symlink: bool, attempts: int = 2) -> str:
+    kind, temporary = _linked_temporary(path, name, source, symlink)
     crash_point("link-made")
     try:
         os.replace(temporary, name)
@@ -131,12 +136,12 @@ def _link(path: str, name: str, source: int, attempts: int = 2) -> str:
             os.unlink(temporary)
         if isinstance(error, FileNotFoundError) and attempts > 1:
             # A symlink has no lock, so another run that tidies up may have taken it for a stray one.
-            return _link(path, name, source, attempts - 1)
+            return _link(path, name, source, symlink, attempts - 1)
         raise
     return kind
 
 
-def _linked_temporary(path: str, name: str, source: int) -> tuple[str, str]:
+def _linked_temporary(path: str, name: str, source: int, symlink: bool) -> tuple[str, str]:
     temporary, fd = _create_temporary(name)
     try:
         with contextlib.suppress(OSError):
@@ -148,9 +153,10 @@ def _linked_temporary(path: str, name: str, source: int) -> tuple[str, str]:
             os.link(path, temporary, follow_symlinks=True)
             os.chmod(temporary, 0o444)
             return "hard link", temporary
-        with contextlib.suppress(OSError):
-            os.symlink(os.path.relpath(path, os.path.dirname(name)), temporary)
-            return "symlink", temporary
+        if symlink:
+            with contextlib.suppress(OSError):
+                os.symlink(os.path.relpath(path, os.path.dirname(name)), temporary)
+                return "symlink", temporary
     finally:
         os.close(fd)
     return "copy", _copied_temporary(path, name)

@@ -62,6 +62,7 @@ class CheckpointEngine:
         path: str | os.PathLike[str],
         *,
         names: Sequence[str | os.PathLike[str]] = (),
+        symlinks: bool = True,
         summary: dict[str, Any] | None = None,
         on_commit: Callable[[SaveReport], None] | None = None,
     ) -> SaveReport:
@@ -74,6 +75,7 @@ class CheckpointEngine:
             payload: a dict of anything; `payload.encode` says what becomes of values that cannot be stored.
             path: the final name.
             names: further names for the same content, at no further space where the file system can.
+            symlinks: whether a further name may be a symlink, which ends with the file under ``path``.
             summary: plain values that a directory listing shows: step, epoch, metrics, exact, kind.
             on_commit: called with the report when the file is durable under all its names.
 
@@ -86,7 +88,7 @@ class CheckpointEngine:
             ConfigError: the summary is not plain values.
         """
         with pickling.uncollected():
-            report = _save(payload, path, names, summary or {})
+            report = _save(payload, path, names, symlinks, summary or {})
         if on_commit is not None:
             on_commit(report)
         return report
@@ -103,6 +105,7 @@ def _save(
     value: Any,
     path: str | os.PathLike[str],
     names: Sequence[str | os.PathLike[str]],
+    symlinks: bool,
     summary: dict[str, Any],
 ) -> SaveReport:
     began = time.monotonic()
@@ -118,7 +121,7 @@ def _save(
         file.needed_bytes = len(pickled) + sum(record.length for record in plan.records)
         size = write(file.fd, pickled, plan.records, encoded, about)
     further = tuple(os.path.abspath(os.fspath(name)) for name in names)
-    links = [commit.add_name(final, name) for name in further]
+    links = [commit.add_name(final, name, symlink=symlinks) for name in further]
     spent = time.monotonic() - began
     return SaveReport(final, further, size, spent, spent, encoded.omissions, tuple(links))
 

@@ -37,7 +37,10 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
             extra: dict[str, Any] = {}
             for _, plan in group:
                 extra.update(plan.summary_extra)
-            report = save(trainer, names, weights_only=weights_only, exact=exact, extra=extra)
+            # What one callback deletes must not be what another one's symlink points to.
+            report = save(
+                trainer, names, weights_only=weights_only, exact=exact, extra=extra, symlinks=len(group) == 1
+            )
             for callback, plan in group:
                 open_plans.remove((callback, plan))
                 callback.committed(trainer, plan, report)
@@ -47,7 +50,13 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
 
 
 def save(
-    trainer: Trainer, names: list[str], *, weights_only: bool, exact: bool, extra: dict[str, Any]
+    trainer: Trainer,
+    names: list[str],
+    *,
+    weights_only: bool,
+    exact: bool,
+    extra: dict[str, Any],
+    symlinks: bool = True,
 ) -> SaveReport:
     """Write the run as it is under all of ``names``; warn once of each thing that cannot be stored."""
     payload = state.capture(trainer, weights_only=weights_only, exact=exact)
@@ -59,7 +68,7 @@ def save(
         "kind": "weights" if weights_only else "full",
         **extra,
     }
-    report = trainer.engine.save(payload, names[0], names=names[1:], summary=summary)
+    report = trainer.engine.save(payload, names[0], names=names[1:], symlinks=symlinks, summary=summary)
     for where, reason in report.omissions:
         warn_once(("omitted", where), f"{where} is not in the checkpoint: {reason}")
     return report
