@@ -4,10 +4,9 @@
     python benchmarks/step_overhead.py --only holdfast-bare holdfast-log --rounds 25
     python benchmarks/step_overhead.py --profile holdfast-bare
 
-Every contender trains one epoch of the same tiny network on the same kind of loader, and the clock is read
-inside its training step: at the first batch after the warm-up and at the last one. The contenders of a round
-run in random order, each right beside a raw loop of its own (before or behind it, by chance), and a ratio is
-taken within such a pair: what slows the machine down for a while slows both sides.
+Every contender trains one epoch of the same tiny network on the same kind of loader, taking turns with a raw
+loop: 50 steps the one, 50 steps the other. The clock is read inside the training step when the turn changes, and
+the ratio is that of the two sums: what slows the machine down for a while slows both.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import argparse
 import contextlib
 import cProfile
 import gc
+import importlib
 import json
 import logging
 import os
@@ -35,24 +35,28 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from workload import Timing, Workload
+from relay import Timing, race
+from workload import Workload
 
-Contender = Callable[[Workload, str], None]
+Tick = Callable[[int], None]
+Contender = Callable[[Workload, Tick, str], None]
+
+BLOCK_STEPS = 50
 
 
-def train_raw(work: Workload, own_dataset: bool) -> None:
-    model, loader, watch = work.network(), work.loader(own_dataset=own_dataset), work.stopwatch
+def train_raw(work: Workload, tick: Tick, own_dataset: bool) -> None:
+    model, loader = work.network(), work.loader(own_dataset=own_dataset)
     optimizer = work.make_optimizer(model.parameters())
     model.train()
     for batch_idx, (inputs, labels) in enumerate(loader):
-        watch.tick(batch_idx)
+        tick(batch_idx)
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(inputs), labels)
         loss.backward()
         optimizer.step()
 
 
-def train_accelerate(work: Workload) -> None:
+def train_accelerate(work: Workload, tick: Tick) -> None:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -60,17 +64,16 @@ def train_accelerate(work: Workload) -> None:
     model, optimizer, loader = accelerator.prepare(
         model, work.make_optimizer(model.parameters()), work.loader()
     )
-    watch = work.stopwatch
     model.train()
     for batch_idx, (inputs, labels) in enumerate(loader):
-        watch.tick(batch_idx)
+        tick(batch_idx)
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(inputs), labels)
         accelerator.backward(loss)
         optimizer.step()
 
 
-def make_module(pl: Any, work: Workload, log: dict[str, Any] | None) -> Any:
+def make_module(pl: Any, work: Workload, tick: Tick, log: dict[str, Any] | None) -> Any:
     """The same LightningModule, written once, for whichever package ``pl`` is."""
 
     class TinyModule(pl.LightningModule):  # type: ignore[misc]
@@ -79,7 +82,7 @@ def make_module(pl: Any, work: Workload, log: dict[str, Any] | None) -> Any:
             self.network = work.network()
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            work.stopwatch.tick(batch_idx)
+            tick(batch_idx)
             inputs, labels = batch
             loss = functional.cross_entropy(self.network(inputs), labels)
             if log is not None:
@@ -100,32 +103,16 @@ BARE = {
 }
 
 
-def train_module(
-    pl: Any,
-    work: Workload,
-    root: str,
-    log: dict[str, Any] | None,
-    *,
-    bare: bool = True,
-    own_dataset: bool = False,
-) -> None:
-    switches = BARE if bare else {}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=root, **switches)
-    trainer.fit(make_module(pl, work, log), work.loader(own_dataset=own_dataset))
+def module_contender(
+    name: str, log: dict[str, Any] | None = None, *, bare: bool = True, own_dataset: bool = False
+) -> Contender:
+    def train(work: Workload, tick: Tick, root: str) -> None:
+        pl = importlib.import_module({"lightning": "lightning.pytorch"}.get(name, name))
+        switches = BARE if bare else {}
+        trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, default_root_dir=root, **switches)
+        trainer.fit(make_module(pl, work, tick, log), work.loader(own_dataset=own_dataset))
 
-
-def package(name: str) -> Any:
-    if name == "holdfast":
-        import holdfast
-
-        return holdfast
-    import lightning.pytorch
-
-    return lightning.pytorch
-
-
-def module_contender(name: str, log: dict[str, Any] | None = None, **options: bool) -> Contender:
-    return lambda work, root: train_module(package(name), work, root, log, **options)
+    return train
 
 
 ON_STEP: dict[str, Any] = {"on_step": True, "on_epoch": False}
@@ -133,9 +120,7 @@ ON_BOTH: dict[str, Any] = {"on_step": True, "on_epoch": True}
 ON_BAR: dict[str, Any] = {"prog_bar": True}
 
 CONTENDERS: dict[str, Contender] = {
-    "raw": lambda work, root: train_raw(work, own_dataset=False),
-    "raw-own-dataset": lambda work, root: train_raw(work, own_dataset=True),
-    "accelerate": lambda work, root: train_accelerate(work),
+    "accelerate": lambda work, tick, root: train_accelerate(work, tick),
     "lightning-bare": module_contender("lightning"),
     "lightning-log": module_contender("lightning", ON_STEP),
     "lightning-defaults": module_contender("lightning", ON_BAR, bare=False),
@@ -152,10 +137,6 @@ TARGETS = {
     "holdfast-defaults": 1.30,
     "holdfast-own-dataset": 1.30,
 }
-
-
-def baseline_of(name: str) -> str:
-    return "raw-own-dataset" if name.endswith("own-dataset") else "raw"
 
 
 @contextlib.contextmanager
@@ -195,38 +176,46 @@ def quiet_terminal() -> Iterator[None]:
         drain.wait()
 
 
-def run_once(name: str, work: Workload) -> Timing:
-    watch = work.restart()
-    torch.manual_seed(0)
-    gc.collect()
-    with tempfile.TemporaryDirectory() as root, quiet_terminal():
-        CONTENDERS[name](work, root)
-    return watch.result()
-
-
 Pair = tuple[Timing, Timing]
 
 
-def measure(names: list[str], work: Workload, rounds: int, shuffler: random.Random) -> dict[str, list[Pair]]:
-    """For each name, one pair (contender, its raw loop) a round; nothing runs between the two of a pair."""
+def has_own_dataset(name: str) -> bool:
+    return name.endswith("own-dataset")
+
+
+def run_once(name: str, arguments: argparse.Namespace) -> Pair:
+    """The timings of a contender and of the raw loop that it took turns with."""
+    blocks, warmup_blocks = arguments.blocks, arguments.warmup_blocks
+    work = Workload((blocks + warmup_blocks) * BLOCK_STEPS + 1, arguments.hidden, arguments.optimizer)
+
+    def raw(tick: Tick) -> None:
+        torch.set_num_threads(arguments.threads)  # a setting of each thread's own
+        train_raw(work, tick, has_own_dataset(name))
+
+    torch.manual_seed(0)
+    gc.collect()
+    with tempfile.TemporaryDirectory() as root, quiet_terminal():
+        return race(lambda tick: CONTENDERS[name](work, tick, root), raw, BLOCK_STEPS, warmup_blocks, blocks)
+
+
+def measure(names: list[str], arguments: argparse.Namespace) -> dict[str, list[Pair]]:
+    """One pair a round for each name, in another random order each round, after an unrecorded round."""
+    shuffler = random.Random(arguments.seed)
     pairs: dict[str, list[Pair]] = {name: [] for name in names}
-    for round_number in range(rounds + 1):  # the first round warms caches and imports and is not recorded
+    for round_number in range(arguments.rounds + 1):
         for name in shuffler.sample(names, len(names)):
-            timings: dict[str, Timing] = {}
-            both = [name, baseline_of(name)]
-            for one in shuffler.sample(both, len(both)):
-                timings[one] = run_once(one, work)
+            pair = run_once(name, arguments)
             if round_number > 0:
-                pairs[name].append((timings[name], timings[baseline_of(name)]))
+                pairs[name].append(pair)
         if sys.stderr.isatty():
-            end = "\n" if round_number == rounds else ""
-            print(f"\rround {round_number} of {rounds}", end=end, file=sys.stderr)
+            end = "\n" if round_number == arguments.rounds else ""
+            print(f"\rround {round_number} of {arguments.rounds}", end=end, file=sys.stderr)
     return pairs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ratios are medians over the pairs, with the quartiles beside them."""
+    """One line of the table; ratios are medians over the rounds, with the quartiles beside them."""
 
     name: str
     wall_us: float
@@ -245,12 +234,13 @@ class Row:
 
 def summarize(pairs: dict[str, list[Pair]]) -> list[Row]:
     rows = []
-    for baseline in dict.fromkeys(baseline_of(name) for name in pairs):
-        runs = [base for name, own in pairs.items() if baseline_of(name) == baseline for _, base in own]
-        rows.append(Row(baseline, statistics.median(run.wall_us for run in runs)))
+    for own_dataset, name in ((False, "raw"), (True, "raw-own-dataset")):
+        runs = [raw for own, two in pairs.items() if has_own_dataset(own) is own_dataset for _, raw in two]
+        if runs:
+            rows.append(Row(name, statistics.median(run.wall_us for run in runs)))
     for name, own in pairs.items():
-        wall = [mine.wall_us / base.wall_us for mine, base in own]
-        cpu = [mine.cpu_us / base.cpu_us for mine, base in own]
+        wall = [mine.wall_us / raw.wall_us for mine, raw in own]
+        cpu = [mine.cpu_us / raw.cpu_us for mine, raw in own]
         low, middle, high = quartiles(wall)
         wall_us = statistics.median(mine.wall_us for mine, _ in own)
         rows.append(Row(name, wall_us, middle, statistics.median(cpu), low, high, TARGETS.get(name)))
@@ -295,34 +285,36 @@ def environment(arguments: argparse.Namespace) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "optimizer": arguments.optimizer,
         "hidden": arguments.hidden,
-        "steps": arguments.steps,
-        "warmup": arguments.warmup,
+        "steps": arguments.blocks * BLOCK_STEPS,
+        "warmup": arguments.warmup_blocks * BLOCK_STEPS,
         "rounds": arguments.rounds,
     }
 
 
-def profile(name: str, work: Workload, top: int) -> None:
+def profile(name: str, arguments: argparse.Namespace) -> None:
     """Prints where the time goes; cProfile inflates Python calls, so read it for order, not for size."""
-    run_once(name, work)
+    work = Workload(arguments.blocks * BLOCK_STEPS, arguments.hidden, arguments.optimizer)
     profiler = cProfile.Profile()
-    work.restart()
-    with tempfile.TemporaryDirectory() as root, quiet_terminal():
-        profiler.enable()
-        CONTENDERS[name](work, root)
-        profiler.disable()
+    for profiled in (False, True):
+        with tempfile.TemporaryDirectory() as root, quiet_terminal():
+            if profiled:
+                profiler.enable()
+            CONTENDERS[name](work, lambda batch_idx: None, root)
+            profiler.disable()
+    package = name.split("-")[0]
     print(f"everything, by its own time ({work.batches} steps)")
-    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(top)
-    print(f"{name.split('-')[0]}'s own functions")
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(rf"[/\\]{name.split('-')[0]}[/\\]", top)
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(arguments.top)
+    print(f"{package}'s own functions")
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(rf"[/\\]{package}[/\\]", arguments.top)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="timed steps a run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: %(default)s)")
     parser.add_argument(
-        "--warmup", type=int, default=100, help="steps before the clock starts (default: %(default)s)"
+        "--blocks", type=int, default=16, help="timed turns of 50 steps (default: %(default)s)"
     )
+    parser.add_argument("--warmup-blocks", type=int, default=4, help="turns before (default: %(default)s)")
     parser.add_argument(
         "--hidden", type=int, default=32, help="width of the hidden layer (default: %(default)s)"
     )
@@ -340,9 +332,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def chosen(only: list[str] | None) -> list[str]:
     """The contenders to run: those asked for, less the peers not installed."""
-    wanted = set(CONTENDERS) if only is None else set(only)
     missing = {name for name in ("lightning", "accelerate") if installed(name) == "not installed"}
-    return [name for name in CONTENDERS if name in wanted and name.split("-")[0] not in {"raw", *missing}]
+    wanted = CONTENDERS if only is None else set(only)
+    return [name for name in CONTENDERS if name in wanted and name.split("-")[0] not in missing]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -350,11 +342,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    work = Workload(arguments.warmup, arguments.steps, arguments.hidden, arguments.optimizer)
     if arguments.profile:
-        profile(arguments.profile, work, arguments.top)
+        profile(arguments.profile, arguments)
         return 0
-    pairs = measure(chosen(arguments.only), work, arguments.rounds, random.Random(arguments.seed))
+    pairs = measure(chosen(arguments.only), arguments)
     rows = summarize(pairs)
     if arguments.json:
         raw = {name: [[asdict(timing) for timing in pair] for pair in own] for name, own in pairs.items()}

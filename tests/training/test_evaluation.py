@@ -143,3 +143,50 @@ def test_what_is_missing_is_named(call: Any, message: str) -> None:
     with pytest.raises(pl.ConfigError) as refused:
         call()
     assert str(refused.value) == message
+
+
+def test_torchmetrics_objects_begin_anew_in_each_validation() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    counts = []
+
+    class Counting(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = torchmetrics.SumMetric()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.count.update(len(batch[0]))
+            self.log("count", self.count)
+
+        def on_validation_end(self) -> None:
+            counts.append(self.trainer.callback_metrics["count"].item())
+
+    trainer(max_epochs=3).fit(Counting(), rows(), rows())
+    assert counts == [8.0, 12.0, 12.0, 12.0]
+
+
+def test_values_of_each_batch_count_by_loader() -> None:
+    from holdfast.loggers import Logger
+
+    class Kept(Logger):
+        name = version = "kept"
+
+        def __init__(self) -> None:
+            self.rows: list[Any] = []
+
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            self.rows.append((step, dict(metrics)))
+
+        def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None: ...
+
+    class Each(Toy):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("id", batch[1][0].float(), on_step=True, on_epoch=False)
+
+    logger = Kept()
+    trainer(logger=logger, max_epochs=2, num_sanity_val_steps=0).fit(Each(), rows(), [rows(8), rows(8)])
+    names = [f"id/dataloader_idx_{index}" for index in (0, 0, 1, 1)]
+    expected = [
+        (step, {name: value}) for step, name, value in zip([0, 1, 0, 1], names, [0.0, 4.0] * 2, strict=True)
+    ]
+    assert logger.rows == [*expected, *((step + 2, values) for step, values in expected)]

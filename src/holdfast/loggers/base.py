@@ -86,3 +86,54 @@ class Logger(ABC):
 
     def resume_in(self, version: int | str) -> None:
         """Go on in an existing ``version``; called before anything is written, if at all."""
+
+
+class DummyExperiment:
+    """Takes any call and any item, and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __getitem__(self, index: Any) -> Any:
+        return self
+
+    def __setitem__(self, index: Any, value: Any) -> None: ...
+
+
+class DummyLogger(Logger):
+    """Keeps nothing: what a trial run logs to, so that code that uses the logger is tried too."""
+
+    def __init__(self) -> None:
+        self._experiment = DummyExperiment()
+
+    @property
+    def name(self) -> str:
+        """Empty."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty."""
+        return ""
+
+    @property
+    def experiment(self) -> DummyExperiment:
+        """An object that takes any call."""
+        return self._experiment
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Keep nothing."""
+
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        # What a logger of another kind would offer, such as log_image.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._experiment

@@ -73,9 +73,13 @@ def check_count(name: str, value: Any, *, least: int) -> Any:
 
 
 def make_loggers(logger: Any, default_root_dir: str, fast_dev_run: int) -> list[Logger]:
-    """The loggers that ``Trainer(logger=...)`` means; with fast_dev_run there are none."""
-    if logger is False or fast_dev_run:
+    """The loggers that ``Trainer(logger=...)`` means; with fast_dev_run one that keeps nothing."""
+    if logger is False:
         return []
+    if fast_dev_run:
+        from holdfast.loggers.base import DummyLogger
+
+        return [DummyLogger()]
     if logger is None or logger is True:
         from holdfast.loggers.csv import CSVLogger
 

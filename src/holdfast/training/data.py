@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler, Subset, TensorDataset
 from torch.utils.data.dataloader import default_collate
 
 from holdfast.errors import CheckpointIncompatible
@@ -59,7 +59,9 @@ class _SeededSampler:
         # DataLoader draws one number from the run's generator for its workers: when they are started, so not
         # in later epochs of persistent ones, which a run that resumes there could not follow. The copy draws
         # its own from elsewhere; this one keeps the order of rows that torch gives for the same seed.
-        torch.empty((), dtype=torch.int64).random_(generator=stream.loader.generator)
+        _draw_as_a_loader_does(stream.loader)
+        if stream.has_foreign_sampler:
+            inner = self._apart(inner)
         batch = stream.position
         end = object()
         for _ in range(batch):
@@ -81,6 +83,28 @@ class _SeededSampler:
         else:
             yield from inner
 
+    def _apart(self, inner: Iterator[Any]) -> Iterator[Any]:
+        """A user's sampler may draw as it goes, between the model's draws and ahead of them with workers.
+
+        So it draws from the run's generators for the first batch, as torch's own do for the whole epoch, and
+        from a stream of its own after that.
+        """
+        base, isolation = rng.derive(self._stream.seed_base, "sampler"), rng.Isolation()
+        end = object()
+        item, count = next(inner, end), 0
+        while item is not end:
+            yield item
+            count += 1
+            isolation.enter(rng.mix(base, count))
+            try:
+                item = next(inner, end)
+            finally:
+                isolation.leave()
+
+
+def _draw_as_a_loader_does(loader: DataLoader[Any]) -> None:
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+
 
 def _never_draws(loader: DataLoader[Any]) -> bool:
     """True for torch's own in-memory datasets with the default collate: nothing in their fetch is random."""
@@ -89,6 +113,10 @@ def _never_draws(loader: DataLoader[Any]) -> bool:
         dataset = dataset.dataset
     parts = dataset.datasets if type(dataset) is ConcatDataset else [dataset]
     return all(type(part) is TensorDataset for part in parts) and loader.collate_fn is default_collate
+
+
+def _has_state(owner: Any) -> bool:
+    return hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
 
 
 class BatchStream:
@@ -113,16 +141,24 @@ class BatchStream:
         self._iterable = loader
         self._begin: dict[str, Any] | None = None
         self._running: Any = None
-        self.stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._position_state: Any = None
+        self.stateful = _has_state(loader)
         self.seekable = False
+        self.has_foreign_sampler = False
         if isinstance(loader, DataLoader):
             self.workers = loader.num_workers > 0
             # A subclass with an __iter__ of its own may not ask the sampler that stands in for the user's.
             own_iteration = type(loader).__iter__ is not DataLoader.__iter__
             if not self.stateful and not own_iteration and not isinstance(loader.dataset, IterableDataset):
                 self.seekable = True
+                samplers = [s for s in self._samplers().values() if s is not loader]
+                self.has_foreign_sampler = not all(
+                    type(sampler).__module__.startswith("torch.utils.data.") for sampler in samplers
+                )
                 self.isolated = not self.workers and not _never_draws(loader)
                 self._iterable = self._seeded_copy(loader)
+            elif self.workers and not self.stateful:
+                self._iterable = self._restarted_copy(loader)
 
     def _seeded_copy(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         seeded = copy.copy(loader)
@@ -131,8 +167,16 @@ class BatchStream:
         # shallow copy that has not been iterated yet there is none.
         seeded.__dict__[name] = _SeededSampler(getattr(loader, name), self)
         seeded.__dict__["_iterator"] = None
-        seeded.__dict__["generator"] = torch.Generator().manual_seed(0)
+        seeded.__dict__["generator"] = torch.Generator()
         return seeded
+
+    def _restarted_copy(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """A copy whose workers start anew in each epoch, from its seed: as they do after a resume."""
+        restarted = copy.copy(loader)
+        restarted.__dict__["_iterator"] = None
+        restarted.__dict__["persistent_workers"] = False
+        restarted.__dict__["generator"] = torch.Generator()
+        return restarted
 
     def length(self) -> int | None:
         """Number of batches in an epoch, or None where the loader cannot tell."""
@@ -143,45 +187,52 @@ class BatchStream:
 
     # -- the state of the data at the start of an epoch, and its position -----------------------------------
 
+    def _samplers(self) -> dict[str, Any]:
+        """The loader and every sampler it draws from, samplers inside of samplers too, each by its path."""
+        found: dict[str, Any] = {"loader": self.loader}
+        roots = [(name, getattr(self.loader, name, None)) for name in ("batch_sampler", "sampler")]
+        waiting = [(name, sampler) for name, sampler in roots if sampler is not None]
+        while waiting:
+            path, sampler = waiting.pop(0)
+            if any(sampler is known for known in found.values()):
+                continue
+            found[path] = sampler
+            for name, value in getattr(sampler, "__dict__", {}).items():
+                if isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
+                    waiting.append((f"{path}.{name}", value))
+        return found
+
     def begin_state(self) -> dict[str, Any]:
         """What `start` needs to produce this epoch again: every generator and sampler it will draw from."""
-        state: dict[str, Any] = {"generators": rng.capture()}
-        generator = getattr(self.loader, "generator", None)
-        if isinstance(generator, torch.Generator):
-            state["loader_generator"] = generator.get_state()
-        for name in ("sampler", "batch_sampler"):
-            sampler: Any = getattr(self.loader, name, None)
-            own = getattr(sampler, "generator", None)
-            if isinstance(own, torch.Generator) and own is not generator:
-                state[f"{name}_generator"] = own.get_state()
-            if hasattr(sampler, "state_dict") and hasattr(sampler, "load_state_dict"):
-                state[name] = copy.deepcopy(sampler.state_dict())
+        state: dict[str, Any] = {"generators": rng.capture(), "own": {}, "samplers": {}}
+        for path, owner in self._samplers().items():
+            for name, value in getattr(owner, "__dict__", {}).items():
+                own = rng.state_of(value)
+                if own is not None:
+                    state["own"][f"{path}.{name}"] = own
+            if owner is not self.loader and _has_state(owner):
+                state["samplers"][path] = copy.deepcopy(owner.state_dict())
         return state
 
     def restore_begin(self, state: dict[str, Any]) -> None:
         """Put the loader's own generators and samplers back (the global ones are the caller's)."""
-        if "loader_generator" in state and isinstance(
-            getattr(self.loader, "generator", None), torch.Generator
-        ):
-            self.loader.generator.set_state(state["loader_generator"])
-        for name in ("sampler", "batch_sampler"):
-            sampler: Any = getattr(self.loader, name, None)
-            if f"{name}_generator" in state and isinstance(
-                getattr(sampler, "generator", None), torch.Generator
-            ):
-                sampler.generator.set_state(state[f"{name}_generator"])
-            if name in state and hasattr(sampler, "load_state_dict"):
-                sampler.load_state_dict(state[name])
+        for path, owner in self._samplers().items():
+            for name, value in getattr(owner, "__dict__", {}).items():
+                if f"{path}.{name}" in state["own"]:
+                    rng.set_state_of(value, state["own"][f"{path}.{name}"])
+            if path in state["samplers"] and _has_state(owner):
+                owner.load_state_dict(state["samplers"][path])
 
     def state(self, mid_epoch: bool) -> dict[str, Any]:
         """The data's part of a checkpoint; ``mid_epoch`` says that an epoch is under way."""
         now = self.begin_state()
         del now["generators"]
-        state: dict[str, Any] = {"now": now}
+        state: dict[str, Any] = {"now": now, "batch_size": getattr(self.loader, "batch_size", None)}
         if mid_epoch:
             state["begin"] = self._begin
             if self.stateful:
-                state["loader"] = self.loader.state_dict()
+                ahead = self._position_state
+                state["loader"] = self.loader.state_dict() if ahead is None else ahead
         return state
 
     # -- iterating -----------------------------------------------------------------------------------------
@@ -220,22 +271,20 @@ class BatchStream:
         self.restore_begin(state["begin"])
         if self.stateful and "loader" in state:
             self.loader.load_state_dict(state["loader"])
-        batches = self._batches(0 if self.stateful else position)
+        batches = self._batches(position)
+        if self.stateful:
+            return batches
         # Samplers draw their order when the first batch is asked for, so that has to happen now, while the
         # generators are those of the epoch's start.
         end = object()
         first = next(batches, end)
+        # By now the order is drawn, and what else was drawn from the same generators since is made up for.
+        self.restore_begin(state["now"])
         return iter(()) if first is end else itertools.chain((first,), batches)
 
     def _seed(self, epoch: int) -> None:
         self.seed_base = rng.derive(*self._seed_parts, epoch)
-        batch_sampler = getattr(self.loader, "batch_sampler", None)
-        samplers: tuple[Any, ...] = (
-            getattr(self.loader, "sampler", None),
-            batch_sampler,
-            getattr(batch_sampler, "sampler", None),
-        )
-        for sampler in samplers:
+        for sampler in self._samplers().values():
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 
@@ -251,7 +300,9 @@ class BatchStream:
 
     def _batches(self, position: int) -> Iterator[Any]:
         if not self.seekable:
-            return self._replayed(position)
+            # A loader with a state of its own stands at the position already.
+            return self._replayed(0, position) if self.stateful else self._replayed(position, 0)
+        self._iterable.generator.manual_seed(self.seed_base)
         self._running = iter(self._iterable)
         return self._leaving(self._running) if self.isolated else self._running
 
@@ -266,11 +317,17 @@ class BatchStream:
                 leave()
             yield batch
 
-    def _replayed(self, skip: int) -> Iterator[Any]:
-        """An iterable's batches after the first ``skip``; its draws are isolated batch by batch."""
+    def _replayed(self, skip: int, first: int) -> Iterator[Any]:
+        """An iterable's batches from number ``first`` on, less ``skip``; each is fetched in isolation."""
+        if self._iterable is not self.loader:
+            self._iterable.generator.manual_seed(self.seed_base)
+            _draw_as_a_loader_does(self.loader)
+        self._running = iter(self._iterable)
+        return self._fetched(self._running, skip, first)
+
+    def _fetched(self, batches: Iterator[Any], skip: int, index: int) -> Iterator[Any]:
         base, isolation = self.seed_base, self.isolation
-        self._running = batches = iter(self._iterable)
-        index = 0
+        skip += index
         while True:
             isolation.enter(rng.mix(base, index))
             try:
@@ -287,6 +344,12 @@ class BatchStream:
             index += 1
             if index > skip:
                 yield batch
+
+    def look_ahead(self, batches: Iterator[Any], end: Any) -> Any:
+        """The next batch, or ``end``, while the position stays before it."""
+        if self.stateful:
+            self._position_state = self.loader.state_dict()
+        return next(batches, end)
 
 
 def flatten_loaders(loaders: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from holdfast.errors import ConfigError
 from holdfast.training.data import BatchStream, flatten_loaders
 from holdfast.training.hooks import bind, call
-from holdfast.training.metrics import Results
 from holdfast.training.progress import RunningStage
+from holdfast.training.results import Entry, Results
 from holdfast.training.transfer import make_transfer
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class EvaluationLoop:
             BatchStream(loader, stage=self.prefix, index=i, seed=trainer.seed, rank=trainer.global_rank)
             for i, loader in enumerate(flatten_loaders(loaders))
         ]
+        self._longest = 0
         self.batches = [count_batches(stream.length(), limit[0], limit[1]) for stream in self.streams]
 
     def run(self, number: int, max_batches: int | float = float("inf"), keep_outputs: bool = False) -> Any:
@@ -100,9 +102,10 @@ class EvaluationLoop:
         previous_stage, previous_results = trainer.state.stage, module._results
         trainer.state.stage = self.stage
         trainer.metrics.evaluation = module._results = results
-        modes = [(child, child.training) for child in module.modules()]
+        modes = trainer.training_modes = {child: child.training for child in module.modules()}
         no_grad = torch.inference_mode if trainer.inference_mode else torch.no_grad
         outputs: list[list[Any]] = []
+        self._longest = 0
         logged: dict[str, Tensor] = {}
         try:
             call(trainer, f"on_{prefix}_model_eval", only="module")
@@ -121,15 +124,20 @@ class EvaluationLoop:
                     logged = trainer.metrics.publish(results)
                     trainer.log_to_loggers(logged, trainer.progress.batches_that_stepped)
                 call(trainer, f"on_{prefix}_end")
+            if self.stage is RunningStage.VALIDATING:
+                trainer.progress.validation_batches += self._longest
         finally:
+            values = outputs if keep_outputs else self._per_loader(results)
+            results.reset()
             trainer.metrics.evaluation = None
             module._results = previous_results
             trainer.state.stage = previous_stage
-        for child, mode in modes:
-            child.training = mode
+            trainer.training_modes = None
+            for child, mode in modes.items():
+                child.training = mode
         if prefix != "predict":
             call(trainer, f"on_{prefix}_model_train", only="module")
-        return outputs if keep_outputs else self._per_loader(results)
+        return values
 
     def close(self) -> None:
         """Stop the loaders' worker processes."""
@@ -171,32 +179,30 @@ class EvaluationLoop:
             if keep:
                 kept.append(output)
             self._log_step(results, batch_idx, counts_steps)
+            self._longest = max(self._longest, batch_idx + 1)
             if batch_idx + 1 >= limit:
                 break
         results.fx = None
         return kept
 
     def _log_step(self, results: Results, batch_idx: int, counts_steps: bool) -> None:
-        progress = self.trainer.progress
-        if results.entries and self.stage is not RunningStage.SANITY_CHECKING:
-            metrics = results.step_metrics(lambda entry: entry.logger)
-            if metrics:
-                self.trainer.metrics.logged.update(metrics)
-                step = progress.validation_batches if counts_steps else batch_idx
-                self.trainer.log_to_loggers(metrics, step, with_epoch=False)
-        if counts_steps:
-            progress.validation_batches += 1
+        if not results.entries or self.stage is RunningStage.SANITY_CHECKING:
+            return
+        current = results.dataloader_idx
+        metrics = results.step_metrics(lambda entry: entry.logger and entry.loader == current)
+        if metrics:
+            self.trainer.metrics.logged.update(metrics)
+            before = self.trainer.progress.validation_batches if counts_steps else 0
+            self.trainer.log_to_loggers(metrics, before + batch_idx, with_epoch=False)
 
     def _per_loader(self, results: Results) -> list[dict[str, float]]:
         """The epoch's metrics as numbers, one dict per loader; what belongs to no loader is in each."""
-        metrics = {name: value.item() for name, value in results.epoch_metrics(lambda entry: True).items()}
-        many = len(self.streams) > 1
         per_loader: list[dict[str, float]] = [{} for _ in self.streams] or [{}]
-        for name, value in metrics.items():
-            head, _, tail = name.rpartition("/dataloader_idx_")
-            if many and head and tail.isdigit():
-                per_loader[int(tail)][name] = value
-            else:
-                for values in per_loader:
-                    values[name] = value
+        for index, values in enumerate(per_loader):
+            found = results.epoch_metrics(partial(_belongs, index))
+            values.update({name: value.item() for name, value in found.items()})
         return per_loader
+
+
+def _belongs(loader: int, entry: Entry) -> bool:
+    return entry.loader is None or entry.loader == loader

@@ -96,6 +96,12 @@ class FitLoop:
         if self.validation is not None:
             self.validation.close()
 
+    def validation_state(self) -> list[dict[str, Any]] | None:
+        """What validation's loaders draw their next run from, besides the generators that each run seeds."""
+        return (
+            None if self.validation is None else [one.state(False)["now"] for one in self.validation.streams]
+        )
+
     # -- the run ---------------------------------------------------------------------------------------------
 
     def sanity_check(self) -> None:
@@ -124,6 +130,9 @@ class FitLoop:
                 self._load_val(),
                 (trainer.limit_val_batches, "limit_val_batches"),
             )
+            saved = (self._resumed or {}).get("validation_data") or []
+            for stream, state_of_stream in zip(self.validation.streams, saved, strict=False):
+                stream.restore_begin(state_of_stream)
         return self.validation
 
     @property
@@ -175,6 +184,8 @@ class FitLoop:
     def _stand_where_it_ended(self) -> None:
         """Put back all that a finished run's checkpoint holds, so that it can be saved again as it is."""
         progress, resumed = self.progress, self._resumed
+        if self.trainer.enable_validation:
+            self._make_validation()
         if resumed is not None and progress.stage in (BATCH, VALIDATED):
             self._resume_in_epoch(resumed, nothing_left=True)
         elif resumed is not None:
@@ -214,7 +225,8 @@ class FitLoop:
             trainer.batch_idx = done - 1
             is_last = done >= self.batches
             if math.isinf(self.batches):
-                first = next(batches, _NO_BATCH)
+                assert self.stream is not None
+                first = self.stream.look_ahead(batches, _NO_BATCH)
                 is_last = first is _NO_BATCH
                 batches = batches if is_last else itertools.chain((first,), batches)
             stops = False
@@ -225,7 +237,6 @@ class FitLoop:
         else:
             progress.batch, progress.samples, progress.stage = 0, 0, START
             trainer.batch_idx = 0
-            trainer.metrics.train.reset()
             call(trainer, "on_train_epoch_start")
             assert self.stream is not None
             self._run_batches(self.stream.start(progress.epoch))
@@ -252,27 +263,50 @@ class FitLoop:
             # Another maker's file: the position is known, the order of the rows is not.
             begin = self.stream.begin_state()
             data = {"begin": begin, "now": begin}
+        self._translate_position(data.get("batch_size"))
         nothing_left = nothing_left or progress.batch >= self.batches
         batches = self.stream.resume(progress.epoch, progress.batch, data, nothing_left=nothing_left)
         state.restore_run(self.trainer, resumed)
+        if self.stream.isolated and not nothing_left:
+            # The first fetch came before the generators were restored; without interruption it comes after.
+            self.stream.isolation.settle()
         return batches
+
+    def _translate_position(self, saved: int | None) -> None:
+        """Batches of another size: the position is the same row, or the first of the batch that holds it."""
+        progress, now = (
+            self.progress,
+            getattr(self.stream.loader if self.stream else None, "batch_size", None),
+        )
+        if not isinstance(saved, int) or not isinstance(now, int) or saved == now:
+            return
+        rows = progress.batch * saved
+        progress.batch = rows // now
+        rank_zero_info(
+            f"the batch size was {saved} and is {now}: the epoch goes on at batch {progress.batch}, "
+            f"row {progress.batch * now}; {rows} rows of it were done"
+        )
 
     def _run_batches(self, batches: Iterator[Any]) -> None:
         trainer, progress = self.trainer, self.progress
-        results, loggers = trainer.metrics.train, bool(trainer.loggers)
+        stream, results, loggers = self.stream, trainer.metrics.train, bool(trainer.loggers)
+        assert stream is not None
         optimization, transfer, accumulate = self.optimization, self.transfer, self.accumulate
         starts, ends, every = self.batch_starts, self.batch_ends, trainer.log_every_n_steps
         count, index = self.batches, progress.batch
-        endless = math.isinf(count)
+        endless, length = math.isinf(count), stream.length()
         if index >= count:
             return
         batch = next(batches, _NO_BATCH)
         while batch is not _NO_BATCH:
             trainer.batch_idx = index
             # Only data that cannot tell its length has to be asked for one batch more to know the last one.
-            following = next(batches, _NO_BATCH) if endless else None
+            following = stream.look_ahead(batches, _NO_BATCH) if endless else None
             is_last = following is _NO_BATCH or index + 1 == count
             steps = is_last or (index + 1) % accumulate == 0
+            if is_last and count == length:
+                # Behind its last batch a loader may have something to do, and RandomSampler draws once more.
+                next(batches, None)
             if transfer is not None:
                 batch = transfer(batch, 0)
             results.batch, results.batch_size = batch, None
@@ -280,6 +314,8 @@ class FitLoop:
                 results.fx = "on_train_batch_start"
                 answers = [hook(batch, index) for hook in starts]
                 if -1 in answers:
+                    if self.epoch_schedules:
+                        step_schedulers(trainer, "epoch", plateau=False)
                     break
             outputs = optimization.run(
                 batch, index, zero=index % accumulate == 0, step=steps, divide_by=accumulate
@@ -372,6 +408,7 @@ class FitLoop:
         if self.epoch_plateaus and progress.full_epoch:
             step_schedulers(trainer, "epoch", plateau=True)
         trainer.log_to_loggers(to_log, progress.batches_that_stepped - 1)
+        metrics.train.reset()
         progress.stage = END
         if trainer.save_requests:
             trainer.safe_point()

@@ -1,340 +1,38 @@
-"""What ``self.log`` collects, and the three views of it: callbacks', the loggers' and the progress bar's.
-
-Values stay tensors on their device until somebody reads them: logging never makes the host wait for a GPU.
-"""
+"""The three views of what was logged: callbacks', the loggers' and the progress bar's; and their state."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from holdfast.errors import ConfigError
-from holdfast.training.data import batch_size_of
-
-# Hook -> (on_step, on_epoch) when self.log is called there without saying; hooks that are not here cannot
-# log.
-_STEP, _EPOCH = (True, False), (False, True)
-DEFAULTS: dict[str, tuple[bool, bool]] = {
-    **dict.fromkeys(
-        (
-            "training_step",
-            "on_train_batch_start",
-            "on_train_batch_end",
-            "on_before_backward",
-            "backward",
-            "on_after_backward",
-            "on_before_optimizer_step",
-            "optimizer_step",
-            "configure_gradient_clipping",
-            "on_before_zero_grad",
-            "optimizer_zero_grad",
-        ),
-        _STEP,
-    ),
-    **dict.fromkeys(
-        (
-            "on_train_start",
-            "on_train_epoch_start",
-            "on_train_epoch_end",
-            "on_validation_start",
-            "on_validation_epoch_start",
-            "on_validation_batch_start",
-            "validation_step",
-            "on_validation_batch_end",
-            "on_validation_epoch_end",
-            "on_test_start",
-            "on_test_epoch_start",
-            "on_test_batch_start",
-            "test_step",
-            "on_test_batch_end",
-            "on_test_epoch_end",
-        ),
-        _EPOCH,
-    ),
-}
-_EPOCH_ONLY = frozenset(
-    name for name in DEFAULTS if name.endswith(("_epoch_start", "_epoch_end", "_start"))
-) - {
-    "on_train_batch_start",
-    "on_validation_batch_start",
-    "on_test_batch_start",
-}
-_REDUCTIONS: dict[Any, str] = {
-    "mean": "mean",
-    "avg": "mean",
-    "sum": "sum",
-    "min": "min",
-    "max": "max",
-    torch.mean: "mean",
-    torch.sum: "sum",
-    torch.min: "min",
-    torch.max: "max",
-    min: "min",
-    max: "max",
-    sum: "sum",
-}
+from holdfast.training.results import Entry, Results
 
 
-class Entry:
-    """One logged name: its latest value and, with ``on_epoch``, its accumulation over the epoch."""
-
-    __slots__ = (
-        "asked", "bar", "fx", "has_value", "loader_suffix", "logger", "metric", "name", "on_epoch", "on_step",
-        "reduce", "total", "updates", "value", "weight",
-    )  # fmt: skip
-
-    def __init__(
-        self, name: str, fx: str, reduce: str, on_step: bool, on_epoch: bool, bar: bool, logger: bool
-    ) -> None:
-        self.name = name
-        self.fx = fx
-        self.reduce = reduce
-        self.on_step = on_step
-        self.on_epoch = on_epoch
-        self.bar = bar
-        self.logger = logger
-        self.asked: Any = None
-        self.loader_suffix = ""
-        self.metric: Any = None
-        self.value: Any = None
-        self.has_value = False
-        self.total: Any = None
-        self.weight: float = 0
-        self.updates = 0
-
-    def reset(self) -> None:
-        self.has_value = False
-        self.total = None
-        self.weight = 0
-        if self.metric is not None:
-            self.metric.reset()
-
-    def step_name(self) -> str:
-        return f"{self.name}_step{self.loader_suffix}" if self.on_epoch else self.name + self.loader_suffix
-
-    def epoch_name(self) -> str:
-        return f"{self.name}_epoch{self.loader_suffix}" if self.on_step else self.name + self.loader_suffix
-
-    def update(self, value: Any, batch_size: int) -> None:
-        """Take one value; a tensor is detached and copied, a number is kept as it is."""
-        if isinstance(value, Tensor):
-            value = value.detach()
-            if value.numel() != 1:
-                raise ConfigError(
-                    f"self.log({self.name!r}, value): value must be a single number, found a tensor of shape "
-                    f"{tuple(value.shape)}. Reduce it first, for example value.mean()."
-                )
-            if value.ndim:
-                value = value.squeeze()
-        self.has_value = True
-        self.updates += 1
-        if self.on_epoch:
-            if self.reduce == "mean":
-                if self.weight == 0:
-                    self.total = (value if isinstance(value, float) else _widened(value)) * batch_size
-                elif isinstance(value, Tensor) and isinstance(self.total, Tensor):
-                    self.total.add_(value, alpha=batch_size)
-                else:
-                    self.total = self.total + value * batch_size
-                self.weight += batch_size
-                if not self.on_step:
-                    return
-            elif self.weight == 0:
-                self.total = value.clone() if isinstance(value, Tensor) else value
-                self.weight = 1
-            elif self.reduce == "sum":
-                self.total = self.total + value
-            elif isinstance(value, Tensor) or isinstance(self.total, Tensor):
-                pick = torch.minimum if self.reduce == "min" else torch.maximum
-                self.total = pick(torch.as_tensor(self.total), torch.as_tensor(value))
-            else:
-                self.total = min(self.total, value) if self.reduce == "min" else max(self.total, value)
-        # Somebody may change a logged buffer in place before the value is read.
-        self.value = value.clone() if isinstance(value, Tensor) else value
-
-    def update_metric(self, metric: Any) -> None:
-        """Take a TorchMetrics object: its value of this step now, its ``compute()`` when the epoch ends."""
-        self.metric = metric
-        self.has_value = True
-        self.updates += 1
-        self.weight = 1
-        if self.on_step:
-            cached = getattr(metric, "_forward_cache", None)
-            self.value = metric.compute() if cached is None else cached.detach().clone()
-
-    def epoch_value(self) -> Tensor:
-        if self.metric is not None:
-            return as_tensor(self.metric.compute())
-        if self.reduce == "mean":
-            return as_tensor(self.total / self.weight)
-        return as_tensor(self.total)
+def metric_objects(module: nn.Module) -> dict[str, Any]:
+    """The TorchMetrics objects in a module, by path. Their states are in no ``state_dict`` by default."""
+    return {
+        path: child
+        for path, child in module.named_modules()
+        if hasattr(child, "_defaults") and hasattr(child, "_update_count") and hasattr(child, "compute")
+    }
 
 
-def _widened(value: Any) -> Any:
-    """A value fit for adding up many: half precision and integers become the default floating type."""
-    if isinstance(value, Tensor) and value.dtype not in (torch.float32, torch.float64):
-        return value.to(torch.get_default_dtype())
-    return value
+def _metric_state(metric: Any) -> dict[str, Any]:
+    return {
+        "states": {name: getattr(metric, name) for name in metric._defaults},
+        "updates": metric._update_count,
+    }
 
 
-def as_tensor(value: Any) -> Tensor:
-    """A 0-dimensional tensor for any logged value; numbers become the default floating type."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    return torch.tensor(value, dtype=torch.get_default_dtype())
-
-
-class Results:
-    """What one loop (training, or an evaluation) has logged since its epoch began."""
-
-    def __init__(self, *, training: bool) -> None:
-        self.training = training
-        self.entries: dict[tuple[str, str, int | None], Entry] = {}
-        self.fx: str | None = None
-        self.batch: Any = None
-        self.batch_size: int | None = None
-        self.dataloader_idx: int | None = None
-        self.epoch_ended = False
-
-    def reset(self) -> None:
-        """Forget the values, keep the names: a new epoch begins."""
-        for entry in self.entries.values():
-            entry.reset()
-        self.epoch_ended = False
-
-    def log(self, name: str, value: Any, asked: tuple[Any, ...], batch_size: int | None) -> None:
-        """One ``self.log``; everything that does not change from call to call is settled at the first one."""
-        entry = self.entries.get((self.fx, name, self.dataloader_idx))  # type: ignore[arg-type]
-        if entry is None:
-            entry = self._register(name, value, asked)
-        elif entry.asked != asked:
-            raise ConfigError(
-                f"self.log({name!r}, ...) was called in {self.fx} with other arguments than before. "
-                "Give one name the same arguments at every call."
-            )
-        if entry.metric is not None:
-            entry.update_metric(value)
-            return
-        if batch_size is None:
-            if not entry.on_epoch or entry.reduce != "mean":
-                batch_size = 1
-            else:
-                if self.batch_size is None:
-                    self.batch_size = 1 if self.batch is None else batch_size_of(self.batch)
-                batch_size = self.batch_size
-        entry.update(value, batch_size)
-
-    def _register(self, name: str, value: Any, asked: tuple[Any, ...]) -> Entry:
-        prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx = asked
-        fx = self.fx
-        if fx is None or fx not in DEFAULTS:
-            raise ConfigError(
-                f"self.log({name!r}, ...) cannot be called in {fx or 'a place outside of the loops'}. "
-                "Call it in a step, or in a hook of a batch or an epoch."
-            )
-        step_default, epoch_default = DEFAULTS[fx]
-        on_step = step_default if on_step is None else on_step
-        on_epoch = epoch_default if on_epoch is None else on_epoch
-        if on_step and fx in _EPOCH_ONLY:
-            raise ConfigError(
-                f"self.log({name!r}, on_step=True) cannot be used in {fx}: there is no step there."
-            )
-        if not on_step and not on_epoch:
-            raise ConfigError(f"self.log({name!r}, on_step=False, on_epoch=False) would log nothing.")
-        reduce = _REDUCTIONS.get(reduce_fx)
-        if reduce is None:
-            raise ConfigError(
-                f"self.log({name!r}, reduce_fx={reduce_fx!r}): expected 'mean', 'sum', 'min' or 'max'. "
-                "For anything else log a TorchMetrics object."
-            )
-        if not isinstance(value, (Tensor, int, float)) and not _is_metric(value):
-            raise ConfigError(
-                f"self.log({name!r}, value): expected a number, a tensor of one element or a TorchMetrics "
-                f"object, found {type(value).__name__}."
-            )
-        entry = Entry(name, fx, reduce, on_step, on_epoch, prog_bar, True if logger is None else bool(logger))
-        entry.asked = asked
-        entry.metric = value if _is_metric(value) else None
-        if self.dataloader_idx is not None and add_dataloader_idx:
-            entry.loader_suffix = f"/dataloader_idx_{self.dataloader_idx}"
-        self.entries[(fx, name, self.dataloader_idx)] = entry
-        return entry
-
-    # -- reading -------------------------------------------------------------------------------------------
-
-    def step_metrics(self, wanted: Callable[[Entry], bool]) -> dict[str, Tensor]:
-        """Latest values of the wanted entries that are logged on steps, under their step names."""
-        return {
-            entry.step_name(): as_tensor(entry.value)
-            for entry in self.entries.values()
-            if entry.on_step and entry.has_value and wanted(entry)
-        }
-
-    def epoch_metrics(self, wanted: Callable[[Entry], bool]) -> dict[str, Tensor]:
-        """Reduced values of the wanted entries that are logged on epochs, under their epoch names."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
-            return {
-                entry.epoch_name(): entry.epoch_value()
-                for entry in self.entries.values()
-                if entry.on_epoch and entry.has_value and wanted(entry)
-            }
-
-    def callback_metrics(self) -> dict[str, Tensor]:
-        """Everything under every name it goes by, as callbacks see it now."""
-        values: dict[str, Tensor] = {}
-        for entry in self.entries.values():
-            if not entry.has_value:
-                continue
-            plain = entry.name + entry.loader_suffix
-            if entry.on_step and self.training:
-                values[entry.step_name()] = values[plain] = as_tensor(entry.value)
-            if entry.on_epoch and self.epoch_ended:
-                values[entry.epoch_name()] = values[plain] = entry.epoch_value()
-        return values
-
-    # -- the accumulators, for a checkpoint in the middle of an epoch ---------------------------------------
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The accumulators as plain values, for `load_state_dict`; TorchMetrics objects keep their own."""
-        return [
-            {
-                "name": e.name, "fx": e.fx, "loader": key[2], "reduce": e.reduce, "on_step": e.on_step,
-                "on_epoch": e.on_epoch, "bar": e.bar, "logger": e.logger, "asked": [*e.asked[:4], e.asked[5]],
-                "reduce_fx": e.asked[4] if isinstance(e.asked[4], str) else None, "suffix": e.loader_suffix,
-                "value": e.value if e.on_step else None, "total": e.total, "weight": e.weight,
-                "updates": e.updates,
-            }
-            for key, e in self.entries.items()
-            if e.has_value and e.metric is None
-        ]  # fmt: skip
-
-    def load_state_dict(self, state: list[dict[str, Any]], device: torch.device) -> None:
-        """Go on accumulating from what `state_dict` gave."""
-        for saved in state:
-            entry = Entry(
-                saved["name"], saved["fx"], saved["reduce"], saved["on_step"], saved["on_epoch"],
-                saved["bar"], saved["logger"],
-            )  # fmt: skip
-            reduce_fx = saved["reduce_fx"] or getattr(torch, saved["reduce"])
-            entry.asked = (*saved["asked"][:4], reduce_fx, saved["asked"][4])
-            entry.loader_suffix = saved["suffix"]
-            entry.value, entry.total = (
-                value.to(device) if isinstance(value, Tensor) else value
-                for value in (saved["value"], saved["total"])
-            )
-            entry.weight = saved["weight"]
-            entry.updates = saved["updates"]
-            entry.has_value = True
-            self.entries[(entry.fx, entry.name, saved["loader"])] = entry
-
-
-def _is_metric(value: Any) -> bool:
-    return isinstance(value, torch.nn.Module) and hasattr(value, "compute") and hasattr(value, "reset")
+def _restore_metric(metric: Any, saved: dict[str, Any], device: torch.device) -> None:
+    for name, value in saved["states"].items():
+        moved = value.to(device) if isinstance(value, Tensor) else [item.to(device) for item in value]
+        setattr(metric, name, moved)
+    metric._update_count = saved["updates"]
+    metric._computed = None
 
 
 class MetricStore:
@@ -347,6 +45,13 @@ class MetricStore:
         self._published: dict[str, int] = {}
         self.train = Results(training=True)
         self.evaluation: Results | None = None
+
+    def begin(self) -> None:
+        """Forget the values of the request before this one; the names' versions go on counting."""
+        for view in (self.callback, self.logged, self.bar):
+            view.clear()
+        self.train.entries.clear()
+        self.train.epoch_ended = False
 
     def callback_metrics(self) -> dict[str, Tensor]:
         """Published values, and on top of them what the running loop has logged since."""
@@ -385,6 +90,8 @@ class MetricStore:
         results.epoch_ended = True
         fresh = results.callback_metrics()
         self.callback.update(fresh)
+        self.bar.update(results.step_metrics(lambda entry: entry.bar))
+        self.logged.update(results.step_metrics(lambda entry: entry.logger))
         for name in fresh:
             self._published[name] = self._published.get(name, 0) + 1
         self.bar.update(results.epoch_metrics(lambda entry: entry.bar))
@@ -392,23 +99,29 @@ class MetricStore:
         self.logged.update(to_log)
         return to_log
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything above for a checkpoint."""
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """Everything above, and the TorchMetrics objects in the module, for a checkpoint."""
+        objects = metric_objects(module)
         return {
             "callback": dict(self.callback),
             "logged": dict(self.logged),
             "bar": dict(self.bar),
             "versions": dict(self._published),
-            "train": self.train.state_dict(),
+            "train": self.train.state_dict({id(metric): path for path, metric in objects.items()}),
             "train_ended": self.train.epoch_ended,
+            "objects": {path: _metric_state(metric) for path, metric in objects.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Put the views and accumulators back."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device, module: nn.Module) -> None:
+        """Put the views, the accumulators and the TorchMetrics objects back."""
+        objects = metric_objects(module)
+        for path, saved in state["objects"].items():
+            if path in objects:
+                _restore_metric(objects[path], saved, device)
         for name in ("callback", "logged", "bar"):
             values = {key: value.to(device) for key, value in state[name].items()}
             getattr(self, name).clear()
             getattr(self, name).update(values)
         self._published = dict(state["versions"])
-        self.train.load_state_dict(state["train"], device)
+        self.train.load_state_dict(state["train"], device, objects)
         self.train.epoch_ended = state["train_ended"]

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from holdfast.errors import ConfigError
-from holdfast.training import metrics as metric_module
 from holdfast.training.hooks import CheckpointHooks, DataHooks, ModuleHooks
 from holdfast.training.hparams import HyperparametersMixin
+from holdfast.training.results import Results
 
 if TYPE_CHECKING:
     from holdfast.training.optimization import LightningOptimizer
@@ -54,7 +54,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._trainer: Trainer | None = None
-        self._results: metric_module.Results | None = None
+        self._results: Results | None = None
         self.automatic_optimization = True
         self.strict_loading = True
         self.example_input_array: Any = None

@@ -323,7 +323,7 @@ class AutomaticOptimization(Optimization):
         output = self.forward(self._batch, self._batch_idx)
         if isinstance(output, Tensor) or output is None:
             loss = output
-            self._outputs = None if loss is None else {"loss": loss.detach()}
+            self._outputs = {} if loss is None else {"loss": loss.detach()}
         else:
             try:
                 loss = output["loss"]

@@ -90,7 +90,7 @@ class Progress:
     validations: int = 0
     """Validation runs."""
     validation_batches: int = 0
-    """Validation batches over all runs: the step number of what validation logs for each batch."""
+    """Validation batches of a loader over all runs: the step number of what is logged for each of them."""
     full_epoch: bool = True
     """Whether the epoch that ended saw all its batches; false when it was stopped early."""
     should_stop: bool = False

@@ -152,15 +152,13 @@ def raise_none_whole(skipped: list[str]) -> None:
 
 
 def _version_of(trainer: Trainer, path: str) -> int | str | None:
-    """The ``version_N`` (or named version) directory below a logger's root that holds ``path``."""
+    """The version, as ``version_N`` or by name, in whose own "checkpoints" directory ``path`` lies."""
     for logger in trainer.loggers:
         root = logger.root_dir
         if not root:
             continue
-        relative = os.path.relpath(os.path.abspath(path), os.path.abspath(root))
-        first = relative.split(os.sep)[0]
-        if first in ("..", os.path.basename(path)):
-            continue
-        match = re.fullmatch(r"version_(\d+)", first)
-        return int(match.group(1)) if match else first
+        parts = os.path.relpath(os.path.abspath(path), os.path.abspath(root)).split(os.sep)
+        if len(parts) > 2 and parts[0] != ".." and parts[1] == "checkpoints":
+            match = re.fullmatch(r"version_(\d+)", parts[0])
+            return int(match.group(1)) if match else parts[0]
     return None

@@ -67,6 +67,33 @@ def restore(state: dict[str, Any]) -> list[str]:
     return problems
 
 
+def state_of(generator: Any) -> Any:
+    """The state of a generator object of torch, NumPy or Python, as plain values; None for anything else."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    if numpy is not None and isinstance(generator, numpy.random.RandomState):
+        return generator.get_state(legacy=False)
+    return None
+
+
+def set_state_of(generator: Any, state: Any) -> None:
+    """Put a generator object back to what `state_of` gave for it."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        version, words, gauss = state
+        generator.setstate((version, tuple(words), gauss))
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
 def derive(*parts: int | str) -> int:
     """A 64-bit seed that depends on every part and on nothing else; equal on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
@@ -93,9 +120,9 @@ def seed_generators(seed: int) -> None:
 class Isolation:
     """Lets code draw from seeded generators and then gives the run its own back, in some 20 microseconds.
 
-    NumPy's state would take 90 us to copy out and in, so its generator is swapped for a spare one instead. (A
-    second half of a pair from the legacy ``numpy.random.randn`` that waits in the run's generator is dropped
-    by the swap, in the same place in every run.)
+    NumPy's state would take 90 us to copy out and in, so its generator is swapped for a spare one instead.
+    That drops the second half of a pair of ``numpy.random.randn`` that may wait in the run's own generator:
+    every fetch does, so a resumed run has to, where the run that never stopped had its next fetch (`settle`).
     """
 
     __slots__ = ("_active", "_numpy", "_python", "_spare", "_torch")
@@ -120,6 +147,11 @@ class Isolation:
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         self._active = True
+
+    def settle(self) -> None:
+        """Leave the run's generators as a fetch would leave them."""
+        self.enter(0)
+        self.leave()
 
     def leave(self) -> None:
         """Give the run its generators back; does nothing when they are in place already."""

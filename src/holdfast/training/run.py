@@ -41,10 +41,12 @@ def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
     trainer.state.fn, trainer.state.status = fn, TrainerStatus.RUNNING
     trainer.should_stop = False
     trainer.save_requests.clear()
+    trainer.metrics.begin()
     try:
         result = run()
     except BaseException as error:
         trainer.state.status = TrainerStatus.INTERRUPTED
+        trainer.broke_off = trainer.broke_off or fn is TrainerFn.FITTING
         if trainer.model is not None:
             _tell_of(trainer, error)
         raise
@@ -139,6 +141,7 @@ def fit(
     _check_fit(trainer, model, train)
     trainer.fit_loop = trainer.evaluation_loop = None
     trainer.seed = torch.initial_seed()
+    trainer.broke_off = False
     trainer.enable_validation = (
         bool(trainer.limit_val_batches)
         and is_overridden("validation_step", model)
@@ -147,6 +150,9 @@ def fit(
     resolved = resolve(trainer, ckpt_path, for_fit=True)
     trainer.resumed_automatically = ckpt_path in ("auto", "last")
     _continue_in(trainer, resolved, auto=ckpt_path == "auto")
+    if resolved is not None:
+        # Before anything can ask for a loader, whose batches are seeded from it.
+        trainer.seed = resolved.payload["holdfast"].get("seed", trainer.seed)
     _setup(trainer, "fit")
     source = "" if resolved is None else os.path.basename(resolved.path)
     if resolved is not None:

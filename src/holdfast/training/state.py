@@ -95,9 +95,11 @@ def _capture_hyperparameters(payload: dict[str, Any], owner: Any, name_key: str,
 def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     module, progress = trainer.lightning_module, trainer.progress
     loop = trainer.fit_loop
+    modes = trainer.training_modes or {}
     progress.should_stop = trainer.should_stop
     progress.limits = [trainer.max_epochs, trainer.max_steps]
-    mid_epoch = progress.stage in (BATCH, VALIDATED)
+    # An epoch that a limit cut short can be gone on with by a run that has a higher one.
+    mid_epoch = progress.stage in (BATCH, VALIDATED) or (progress.stage == END and not progress.full_epoch)
     for logger in trainer.loggers:
         # Rows up to here reach the disk before the checkpoint that counts on them.
         logger.save()
@@ -108,10 +110,13 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
         "seed": trainer.seed,
         "progress": progress.state_dict(),
         "data": None if loop is None or loop.stream is None else loop.stream.state(mid_epoch),
+        "validation_data": None if loop is None else loop.validation_state(),
         "generators": [rng.capture()],
-        "metrics": trainer.metrics.state_dict(),
+        "metrics": trainer.metrics.state_dict(module),
         "gradients": _capture_gradients(trainer),
-        "eval_modules": [name for name, child in module.named_modules() if not child.training],
+        "eval_modules": [
+            name for name, child in module.named_modules() if not modes.get(child, child.training)
+        ],
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
         "loggers": [
             {"type": type(logger).__qualname__, "state": logger.state_dict()} for logger in trainer.loggers
@@ -247,10 +252,12 @@ def _read_hparams_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> None:
-    """Weights, after the hooks that may change the checkpoint; the rest needs optimizers first."""
-    module = trainer.lightning_module
-    if trainer.datamodule is not None:
-        trainer.datamodule.on_load_checkpoint(payload)
+    """Weights and data, after the hooks that may change the checkpoint; optimizers do not exist yet."""
+    module, datamodule = trainer.lightning_module, trainer.datamodule
+    if datamodule is not None:
+        datamodule.on_load_checkpoint(payload)
+        if type(datamodule).__qualname__ in payload:
+            datamodule.load_state_dict(payload[type(datamodule).__qualname__])
     for callback in trainer.callbacks:
         callback.on_load_checkpoint(trainer, module, payload)
     module.on_load_checkpoint(payload)
@@ -291,16 +298,16 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
         config.scheduler.load_state_dict(state)
     trainer.precision_plugin.load_state_dict(payload.get(trainer.precision_plugin.state_key, {}))
     _restore_callbacks(trainer, payload.get("callbacks") or {})
-    datamodule = trainer.datamodule
-    if datamodule is not None and type(datamodule).__qualname__ in payload:
-        datamodule.load_state_dict(payload[type(datamodule).__qualname__])
-    trainer.progress.load_state_dict(run["progress"])
-    if trainer.progress.limits == [trainer.max_epochs, trainer.max_steps]:
-        trainer.should_stop = trainer.progress.should_stop
-    if "seed" in run:
-        trainer.seed = run["seed"]
+    progress = trainer.progress
+    progress.load_state_dict(run["progress"])
+    if progress.limits == [trainer.max_epochs, trainer.max_steps]:
+        trainer.should_stop = progress.should_stop
+    elif progress.stage == END and not progress.full_epoch and (run.get("data") or {}).get("begin"):
+        # A limit had cut this epoch short, and now there is another: its other batches come first.
+        progress.stage = VALIDATED
     if "metrics" in run:
-        trainer.metrics.load_state_dict(run["metrics"], trainer.strategy.root_device)
+        device, module = trainer.strategy.root_device, trainer.lightning_module
+        trainer.metrics.load_state_dict(run["metrics"], device, module)
     for logger, saved in zip(trainer.loggers, run.get("loggers", []), strict=False):
         # Only a logger that writes on where that run wrote cuts its rows back to the checkpoint's.
         if saved["type"] == type(logger).__qualname__ and trainer.continues_version:

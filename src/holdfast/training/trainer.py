@@ -16,11 +16,12 @@ from holdfast.training import configuration, run
 from holdfast.training.datamodule import LightningDataModule
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.loops import FitLoop
-from holdfast.training.metrics import MetricStore, Results
+from holdfast.training.metrics import MetricStore
 from holdfast.training.module import LightningModule
 from holdfast.training.optimization import LightningOptimizer, LRSchedulerConfig
 from holdfast.training.precision import make_precision
 from holdfast.training.progress import Progress, TrainerFn, TrainerState, TrainerStatus
+from holdfast.training.results import Results
 from holdfast.training.run_view import RunView
 from holdfast.training.saving import carry_out_requests, save
 from holdfast.utilities.rank_zero import warn_once
@@ -201,6 +202,10 @@ class Trainer(RunView):
         self.continues_version = False
         """Whether the fit writes on in the logs of the run that it goes on from."""
         self.save_requests: list[Checkpoint] = []
+        self.training_modes: dict[Any, bool] | None = None
+        """While an evaluation runs: each module's mode outside of it."""
+        self.broke_off = False
+        """Whether the last fit ended with an exception, wherever that was."""
         self.model: LightningModule | None = None
         """The module of the current or last run."""
         self.evaluation_loop: EvaluationLoop | None = None
@@ -324,7 +329,7 @@ class Trainer(RunView):
             raise ConfigError(
                 "trainer.save_checkpoint(path): there is no model yet. Call fit, validate or test first."
             )
-        inside = self.state.status is TrainerStatus.RUNNING
+        inside = self.state.status is TrainerStatus.RUNNING or self.broke_off
         path = os.path.abspath(os.fspath(filepath))
         save(self, [path], weights_only=bool(weights_only), exact=not inside, extra={})
 
