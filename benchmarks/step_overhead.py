@@ -5,8 +5,8 @@
     python benchmarks/step_overhead.py --profile holdfast-bare
 
 Every contender trains one epoch of the same tiny network on the same kind of loader, taking turns with a raw
-loop: 50 steps the one, 50 steps the other. The clock is read inside the training step when the turn changes, and
-the ratio is that of the two sums: what slows the machine down for a while slows both.
+loop: 50 steps the one, 50 steps the other. The clock is read inside the training step when the turn changes,
+and the ratio is that of the two sums: what slows the machine down for a while slows both.
 """
 
 from __future__ import annotations

@@ -249,6 +249,16 @@ class TestManual:
         assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1**4)
         assert set(run.callback_metrics) == {"loss_0", "loss_1"}
 
+    def test_outputs_without_a_loss_are_an_empty_dict(self) -> None:
+        outputs = []
+
+        class Listens(Adversaries):
+            def on_train_batch_end(self, outputs_: Any, batch: Any, batch_idx: int) -> None:
+                outputs.append(outputs_)
+
+        trainer().fit(Listens(), rows(4))
+        assert outputs == [{}]
+
     def test_what_the_trainer_cannot_do_for_it_is_refused(self) -> None:
         with pytest.raises(pl.ConfigError) as refused:
             trainer(gradient_clip_val=1.0).fit(Adversaries(), rows())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -370,19 +371,28 @@ def _is_loader(item: Any) -> bool:
 
 
 def batch_size_of(batch: Any) -> int:
-    """Rows in a batch: the first dimension of the first tensor in it; 1 where there is none."""
-    if isinstance(batch, torch.Tensor):
-        return batch.size(0) if batch.ndim else 1
-    if isinstance(batch, (str, bytes)):
-        return len(batch)
+    """Rows in a batch: the first dimension of the first tensor in it, else of the first array; else 1."""
+    found = _first_dimension(batch, torch.Tensor)
+    if found is None:
+        numpy = sys.modules.get("numpy")
+        found = None if numpy is None else _first_dimension(batch, numpy.ndarray)
+    return 1 if found is None else found
+
+
+def _first_dimension(batch: Any, kind: type[Any]) -> int | None:
+    if isinstance(batch, kind):
+        return int(batch.shape[0]) if batch.ndim else 1
     if isinstance(batch, dict):
         batch = batch.values()
     elif hasattr(batch, "__dataclass_fields__"):
         batch = vars(batch).values()
-    if isinstance(batch, Iterable):
-        for part in batch:
-            return batch_size_of(part)
-    return 1
+    elif not isinstance(batch, (list, tuple)):
+        return None
+    for part in batch:
+        found = _first_dimension(part, kind)
+        if found is not None:
+            return found
+    return None
 
 
 def move_to_device(batch: Any, device: torch.device) -> Any:

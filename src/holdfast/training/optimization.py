@@ -396,7 +396,7 @@ class ManualOptimization(Optimization):
         output = self.forward(batch, batch_idx)
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
-        return output
+        return {} if output is None else output
 
     def step_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """Step one optimizer and count it."""
