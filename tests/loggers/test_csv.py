@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from holdfast.errors import StorageError
 from holdfast.loggers import CSVLogger
 from holdfast.utilities.rank_zero import rank_zero_only
 
@@ -240,3 +241,74 @@ def test_same_file_as_lightning(tmp_path: Path, lightning_csv_logger: Any) -> No
         with open(logger.experiment.metrics_file_path) as file:
             found.append((directory, file.read()))
     assert found[0] == found[1]
+
+
+def test_rows_survive_a_resume_in_which_nothing_was_logged(tmp_path: Path) -> None:
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"a": 1.0}, step=0)
+    state = first.state_dict()
+    second = CSVLogger(tmp_path, version=0)
+    second.load_state_dict(state)
+    again = second.state_dict()
+    assert again == state == {"rows": 1, "version": 0, "name": "lightning_logs"}
+    third = CSVLogger(tmp_path, version=0)
+    third.load_state_dict(again)
+    third.log_metrics({"a": 2.0}, step=1)
+    third.save()
+    assert text(third) == "a,step\n1.0,0\n2.0,1\n"
+
+
+def test_a_failed_append_leaves_whole_rows_and_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1.0}, step=0)
+    logger.save()
+    logger.log_metrics({"a": 0.125}, step=1)
+    write = os.write
+
+    def half(descriptor: int, data: Any) -> int:
+        write(descriptor, bytes(data)[:3])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", half)
+        with pytest.raises(StorageError, match="No space left on device"):
+            logger.save()
+    assert text(logger) == "a,step\n1.0,0\n"
+    logger.save()
+    assert text(logger) == "a,step\n1.0,0\n0.125,1\n"
+
+
+def test_a_file_that_was_removed_is_begun_again(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    for step in range(2):
+        logger.log_metrics({"a": float(step)}, step=step)
+        logger.save()
+        os.remove(logger.experiment.metrics_file_path)
+    logger.log_metrics({"a": 2.0}, step=2)
+    logger.save()
+    assert text(logger) == "a,step\n2.0,2\n"
+
+
+def test_a_row_with_too_many_cells_is_read_all_the_same(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1.0}, step=0)
+    state = logger.state_dict()
+    path = Path(logger.experiment.metrics_file_path)
+    path.write_text("a,step\n1.0,0,7\n")
+    again = CSVLogger(tmp_path, version=0)
+    again.load_state_dict(state)
+    again.log_metrics({"a": 2.0}, step=1)
+    again.save()
+    assert path.read_text() == "a,step\n1.0,0\n2.0,1\n"
+
+
+def test_hyperparameters_of_numpy_are_numbers_and_one_that_holds_itself_ends(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    endless: list[Any] = []
+    endless.append(endless)
+    logger.log_hyperparams({"lr": numpy.float64(0.1), "n": numpy.int64(3), "endless": endless})
+    kept = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
+    assert (kept["lr"], kept["n"]) == (0.1, 3)
+    assert repr(kept["endless"]).count("[") == 19

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import holdfast as pl
-from holdfast.training.optimization import LRSchedulerConfig, read_configuration
+from holdfast.training.configured import LRSchedulerConfig, read_configuration
 from tests.training.toys import Toy, rows, trainer
 
 

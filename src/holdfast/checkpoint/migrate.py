@@ -37,9 +37,10 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
         )
     run = upgraded.get("holdfast")
     if isinstance(run, Mapping):
-        if run.get("format_version", 0) > FORMAT_VERSION:
+        version = run.get("format_version", 0)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
             raise CheckpointIncompatible(
-                f"{source} has format version {run['format_version']}; this holdfast reads up to "
+                f"{source} has format version {version!r}; this holdfast reads up to "
                 f"{FORMAT_VERSION}. Upgrade holdfast."
             )
         return upgraded
@@ -49,28 +50,38 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
     return upgraded
 
 
+def _count(value: Any) -> int:
+    """A counter; 0 for what is not one, such as the None or "best" of somebody's own files."""
+    return value if isinstance(value, int) else 0
+
+
+def _inner(mapping: Any, *keys: str) -> Mapping[str, Any]:
+    """The mapping below these keys; an empty one where there is none."""
+    for key in keys:
+        mapping = mapping.get(key) if isinstance(mapping, Mapping) else None
+    return mapping if isinstance(mapping, Mapping) else {}
+
+
 def _has_loops(payload: dict[str, Any]) -> bool:
-    return isinstance(payload.get("loops"), Mapping) and "fit_loop" in payload["loops"]
+    return bool(_inner(payload, "loops", "fit_loop"))
 
 
 def _position_from_loops(payload: dict[str, Any]) -> None:
     """Lightning >= 1.6 keeps its position under "loops"; ours is one record of counters."""
     loop = payload["loops"]["fit_loop"]
-    batches = loop.get("epoch_loop.batch_progress", {})
-    current = batches.get("current", {})
-    epochs = loop.get("epoch_progress", {}).get("current", {})
-    done = int(current.get("processed", 0))
-    epoch = int(payload.get("epoch", 0))
-    if int(epochs.get("processed", 0)) > epoch:
+    current = _inner(loop, "epoch_loop.batch_progress", "current")
+    done = _count(current.get("processed"))
+    epoch = _count(payload.get("epoch"))
+    if _count(_inner(loop, "epoch_progress", "current").get("processed")) > epoch:
         stage = "end"
     elif done == 0:
         stage = "start"
-    elif int(current.get("completed", 0)) < done:
+    elif _count(current.get("completed")) < done:
         stage = "batch"  # saved in on_train_batch_end: validation, if due, is still to come
     else:
         stage = "validated"
-    state = loop.get("epoch_loop.state_dict", {})
-    steps = int(payload.get("global_step", 0))
+    state = _inner(loop, "epoch_loop.state_dict")
+    steps = _count(payload.get("global_step"))
     payload["holdfast"] = {
         "format_version": FORMAT_VERSION,
         "kind": "full" if "optimizer_states" in payload else "weights",
@@ -80,8 +91,10 @@ def _position_from_loops(payload: dict[str, Any]) -> None:
             "batch": done,
             "stage": stage,
             "global_step": steps,
-            "batches_that_stepped": int(state.get("_batches_that_stepped", steps)),
-            "total_batches": int(batches.get("total", {}).get("processed", done)),
+            "batches_that_stepped": _count(state.get("_batches_that_stepped", steps)),
+            "total_batches": _count(
+                _inner(loop, "epoch_loop.batch_progress", "total").get("processed", done)
+            ),
         },
     }
 
@@ -97,10 +110,10 @@ def _position_from_counters(payload: dict[str, Any]) -> None:
         "kind": "full" if "optimizer_states" in payload else "weights",
         "exact": False,
         "progress": {
-            "epoch": int(payload.get("epoch", 0)),
+            "epoch": _count(payload.get("epoch")),
             "stage": "end" if "epoch" in payload else "start",
-            "global_step": int(payload.get("global_step", 0)),
-            "batches_that_stepped": int(payload.get("global_step", 0)),
+            "global_step": _count(payload.get("global_step")),
+            "batches_that_stepped": _count(payload.get("global_step")),
         },
     }
 

@@ -73,15 +73,17 @@ class ExperimentWriter:
         if not self.metrics:
             return
         self._start()
-        rows, self.metrics = self.metrics, []
+        rows, path = self.metrics, self.metrics_file_path
         keys = sorted(set(self.metrics_keys).union(*rows))
-        if keys == self.metrics_keys:
-            _append(self.metrics_file_path, _csv_text(keys, rows, header=False))
+        if keys == self.metrics_keys and os.path.exists(path):
+            _append(path, _csv_text(keys, rows, header=False))
         else:
-            kept = _read_rows(self.metrics_file_path)[: self.rows_written] if self.rows_written else []
-            _replace(self.metrics_file_path, _csv_text(keys, [*kept, *rows], header=True))
+            kept = _read_rows(path)[: self.rows_written] if os.path.exists(path) else []
+            _replace(path, _csv_text(keys, [*kept, *rows], header=True))
             self.metrics_keys = keys
         self.rows_written += len(rows)
+        # Rows are let go of only when they are in the file.
+        self.metrics = []
 
     def _start(self) -> None:
         """Settle, before the first write, what becomes of a file that is already there."""
@@ -212,7 +214,8 @@ class CSVLogger(Logger):
         """Return how many rows belong to this moment, after writing them all out."""
         # A checkpoint must not count rows that a kill can still lose.
         self.save()
-        rows = 0 if self._experiment is None else self._experiment.rows
+        # Where nothing was logged since a resume, the rows are those that the resume kept.
+        rows = (self._keep_rows or 0) if self._experiment is None else self._experiment.rows
         return {"rows": rows, "version": self.version, "name": self.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -254,18 +257,25 @@ def _plain_number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _yaml_value(value: Any) -> Any:
+_DEEPEST = 20
+
+
+def _yaml_value(value: Any, depth: int = 0) -> Any:
+    if getattr(value, "ndim", None) == 0:
+        value = _plain_number(value)
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Namespace):
         value = vars(value)
+    if depth == _DEEPEST:
+        return f"<{type(value).__name__}>"  # deeper than anybody reads; it may hold itself
     if isinstance(value, Mapping):
         return {
-            key if type(key) in (bool, int, float, str) else str(key): _yaml_value(v)
+            key if type(key) in (bool, int, float, str) else str(key): _yaml_value(v, depth + 1)
             for key, v in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_yaml_value(item) for item in value]
+        return [_yaml_value(item, depth + 1) for item in value]
     return str(value)
 
 
@@ -284,13 +294,20 @@ def _read_rows(path: str) -> list[dict[str, str]]:
         text = file.read()
     whole = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(whole, newline=""))
-    return [{name: value for name, value in row.items() if value} for row in reader]
+    # DictReader puts cells without a column under None.
+    return [{name: value for name, value in row.items() if name and value} for row in reader]
 
 
 def _append(path: str, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
-        commit.write_all(descriptor, text.encode())
+        size = os.fstat(descriptor).st_size
+        try:
+            commit.write_all(descriptor, text.encode())
+        except OSError as error:
+            # Half a row must not become the beginning of the next one.
+            os.ftruncate(descriptor, size)
+            raise commit.storage_error(path, "append to", error) from error
     finally:
         os.close(descriptor)
 

@@ -16,10 +16,11 @@ from holdfast.callbacks.base import Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
 from holdfast.errors import ConfigError
 from holdfast.training import rng, state
+from holdfast.training.configured import step_schedulers
 from holdfast.training.data import BatchStream, batch_size_of
 from holdfast.training.evaluation import EvaluationLoop, count_batches
 from holdfast.training.hooks import bind, call
-from holdfast.training.optimization import make_optimization, step_schedulers
+from holdfast.training.optimization import make_optimization
 from holdfast.training.progress import BATCH, END, START, VALIDATED, RunningStage
 from holdfast.training.transfer import make_transfer
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -297,6 +298,8 @@ class FitLoop:
         endless, length = math.isinf(count), stream.length()
         if index >= count:
             return
+        # Whether something may have to happen between two batches besides a save.
+        watched = self.validates_this_epoch or self.step_plateaus or trainer.max_steps != -1
         batch = next(batches, _NO_BATCH)
         while batch is not _NO_BATCH:
             trainer.batch_idx = index
@@ -340,7 +343,14 @@ class FitLoop:
             if trainer.save_requests:
                 self._count_samples(batch)
                 trainer.safe_point()
-            if self._after_batch(index, is_last, steps) or is_last:
+            if watched or trainer.should_stop or trainer.save_requests:
+                if self._after_batch(index, is_last, steps):
+                    return
+            else:
+                progress.stage = VALIDATED
+                if steps:
+                    progress.batches_that_stepped += 1
+            if is_last:
                 return
             index += 1
             batch = following if endless else next(batches, _NO_BATCH)

@@ -1,123 +1,22 @@
-"""Optimizers and schedulers: reading what the user configured, and the step itself, automatic or manual."""
+"""The step of an optimizer, automatic or manual, and its gradients."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from holdfast.errors import ConfigError
 from holdfast.training.hooks import bind, is_overridden
-from holdfast.utilities.rank_zero import rank_zero_warn, warn_once
+from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
-
-
-@dataclass
-class LRSchedulerConfig:
-    """A scheduler and when it steps."""
-
-    scheduler: Any
-    name: str | None = None
-    interval: str = "epoch"
-    frequency: int = 1
-    reduce_on_plateau: bool = False
-    monitor: str | None = None
-    strict: bool = True
-
-
-def read_configuration(
-    configured: Any, *, automatic: bool
-) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
-    """Turn what ``configure_optimizers`` returned, in any documented form, into optimizers and schedulers.
-
-    Raises:
-        ConfigError: it has none of these forms, or automatic optimization got several optimizers.
-    """
-    optimizers: list[Optimizer] = []
-    schedulers: list[Any] = []
-    plateau_monitor: Any = None
-    if configured is None:
-        rank_zero_warn("configure_optimizers returned None: this run will train nothing.")
-    elif isinstance(configured, Optimizer):
-        optimizers = [configured]
-    elif isinstance(configured, dict):
-        optimizers, schedulers = _read_dicts([configured])
-        plateau_monitor = configured.get("monitor")
-    elif (
-        isinstance(configured, (list, tuple))
-        and len(configured) == 2
-        and all(isinstance(part, (list, tuple)) for part in configured)
-    ):
-        optimizers, schedulers = list(configured[0]), list(configured[1])
-    elif (
-        isinstance(configured, (list, tuple)) and configured and all(isinstance(c, dict) for c in configured)
-    ):
-        optimizers, schedulers = _read_dicts(configured)
-    elif isinstance(configured, (list, tuple)):
-        optimizers = list(configured)
-    else:
-        optimizers = [configured]
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise ConfigError(
-                "configure_optimizers must return an optimizer, a list of them, two lists (optimizers and "
-                'schedulers), a dict {"optimizer": ..., "lr_scheduler": ...} or a list of such dicts, '
-                f"found {type(optimizer).__name__} where an optimizer belongs."
-            )
-    if automatic and len(optimizers) > 1:
-        raise ConfigError(
-            f"configure_optimizers returned {len(optimizers)} optimizers. With more than one, set "
-            "self.automatic_optimization = False in __init__ and step them in training_step."
-        )
-    return optimizers, [_read_scheduler(scheduler, automatic, plateau_monitor) for scheduler in schedulers]
-
-
-def _read_dicts(configured: Sequence[dict[str, Any]]) -> tuple[list[Optimizer], list[Any]]:
-    unknown = {key for entry in configured for key in entry} - {
-        "optimizer",
-        "lr_scheduler",
-        "monitor",
-        "frequency",
-    }
-    if unknown:
-        rank_zero_warn(f"configure_optimizers: the keys {sorted(unknown)} have no meaning and are ignored.")
-    if any("optimizer" not in entry for entry in configured):
-        raise ConfigError('configure_optimizers returned a dict without the key "optimizer".')
-    return [e["optimizer"] for e in configured], [
-        e["lr_scheduler"] for e in configured if e.get("lr_scheduler")
-    ]
-
-
-def _read_scheduler(given: Any, automatic: bool, monitor: str | None) -> LRSchedulerConfig:
-    if isinstance(given, LRSchedulerConfig):
-        return given
-    if not isinstance(given, dict):
-        given = {"scheduler": given, "monitor": monitor}
-    fields = LRSchedulerConfig.__dataclass_fields__
-    unknown = sorted(set(given) - set(fields))
-    if unknown:
-        rank_zero_warn(f"A scheduler's configuration has keys without a meaning, ignored: {unknown}.")
-    if "scheduler" not in given:
-        raise ConfigError('A scheduler\'s configuration has no key "scheduler".')
-    config = LRSchedulerConfig(**{key: value for key, value in given.items() if key in fields})
-    config.reduce_on_plateau = config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau)
-    if config.interval not in ("step", "epoch"):
-        raise ConfigError(f'A scheduler\'s "interval" must be "step" or "epoch", found {config.interval!r}.')
-    if automatic and config.reduce_on_plateau and config.monitor is None:
-        raise ConfigError(
-            'ReduceLROnPlateau needs the name of the value that it watches: return {"optimizer": ..., '
-            '"lr_scheduler": {"scheduler": ..., "monitor": "val_loss"}} from configure_optimizers.'
-        )
-    return config
 
 
 def clip_gradients(optimizer: Any, value: float | None, algorithm: str | None) -> None:
@@ -131,38 +30,6 @@ def clip_gradients(optimizer: Any, value: float | None, algorithm: str | None) -
         torch.nn.utils.clip_grad_value_(parameters, value)
     else:
         raise ConfigError(f"gradient_clip_algorithm must be 'norm' or 'value', found {algorithm!r}.")
-
-
-def step_schedulers(trainer: Trainer, interval: str, *, plateau: bool) -> None:
-    """Step the schedulers of this interval that are due; plateau ones are stepped apart, with their metric.
-
-    Raises:
-        ConfigError: a plateau scheduler's monitored value was not logged.
-    """
-    index = trainer.batch_idx if interval == "step" else trainer.current_epoch
-    for config in trainer.lr_scheduler_configs:
-        if (
-            config.interval != interval
-            or config.reduce_on_plateau is not plateau
-            or (index + 1) % config.frequency
-        ):
-            continue
-        metric = None
-        if config.reduce_on_plateau:
-            available = trainer.callback_metrics
-            metric = available.get(config.monitor or "")
-            if metric is None:
-                message = (
-                    f"ReduceLROnPlateau watches {config.monitor!r}, which was not logged. "
-                    f"Logged so far: {sorted(available)}."
-                )
-                if config.strict:
-                    raise ConfigError(
-                        message + ' Log it, or set "strict": False in the scheduler\'s configuration.'
-                    )
-                warn_once(("plateau", config.monitor), message)
-                continue
-        trainer.lightning_module.lr_scheduler_step(config.scheduler, metric)
 
 
 class LightningOptimizer:
@@ -274,6 +141,20 @@ class AutomaticOptimization(Optimization):
             trainer.gradient_clip_val
         )
         self.accumulate = trainer.accumulate_grad_batches
+        # Nobody looks between the forward pass and the optimizer's step, so nothing has to be shown there.
+        self.plain = (
+            self.optimizer is not None
+            and self.scaler is None
+            and self.context is None
+            and self.plain_step
+            and self.plain_zero_grad
+            and self.plain_backward
+            and self.single_evaluation
+            and not self.clips
+            and not (self.before_zero_grad or self.before_backward or self.after_backward or self.before_step)
+        )
+        self.has_listeners = bool(bind(trainer, "on_train_batch_end"))
+        self.progress = trainer.progress
         # One closure for the whole fit; what changes from batch to batch is set on this object.
         self.closure: Callable[[], Any] = self._closure
         self._batch: Any = None
@@ -292,9 +173,11 @@ class AutomaticOptimization(Optimization):
             step: The batch ends one.
             divide_by: Batches in a full window: the loss is divided by it.
         """
+        optimizer = self.optimizer
+        if self.plain and divide_by == 1 and optimizer is not None:
+            return self._run_plain(optimizer, batch, batch_idx)
         self._batch, self._batch_idx, self._zero, self._step = batch, batch_idx, zero, step
         self.accumulate = divide_by
-        optimizer = self.optimizer
         if optimizer is None or not step:
             self._closure()
         elif self.plain_step and self.scaler is None:
@@ -303,7 +186,7 @@ class AutomaticOptimization(Optimization):
                 optimizer.step()
             else:
                 optimizer.step(self.closure)
-            self.trainer.progress.global_step += 1
+            self.progress.global_step += 1
         else:
             self._ran = False
             self.results.fx = "optimizer_step"
@@ -314,33 +197,57 @@ class AutomaticOptimization(Optimization):
                     f"{type(self.module).__name__}.optimizer_step did not run optimizer_closure, so "
                     f"nothing was trained. Pass it on: optimizer.step(closure=optimizer_closure)."
                 )
-            self.trainer.progress.global_step += 1
+            self.progress.global_step += 1
         outputs, self._outputs, self._batch = self._outputs, None, None
         return outputs
+
+    def _run_plain(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> Any:
+        """The step without hooks, scaling or accumulation, in as few calls as there can be."""
+        self.results.fx = "training_step"
+        output = self.training_step(batch, batch_idx) if self.takes_index else self.training_step(batch)
+        loss = output if isinstance(output, Tensor) else self._loss_of(output)
+        optimizer.zero_grad()
+        if loss is not None:
+            loss.backward()
+        if self.engine.copying:
+            self.engine.wait_for_copy()
+        optimizer.step()
+        self.progress.global_step += 1
+        return self._outputs_of(output, loss) if self.has_listeners else None
+
+    def _loss_of(self, output: Any) -> Tensor | None:
+        """The loss in what ``training_step`` returned; None, said once, if it returned that."""
+        if output is None:
+            message = "training_step returned None. If that was on purpose, ignore this."
+            warn_once("training_step None", message)
+            return None
+        try:
+            loss: Tensor = output if isinstance(output, Tensor) else output["loss"]
+        except (TypeError, KeyError, IndexError):
+            raise ConfigError(
+                f"{type(self.module).__name__}.training_step must return the loss as a tensor, a dict with "
+                f'the key "loss", or None, found {type(output).__name__}.'
+            ) from None
+        return loss
+
+    @staticmethod
+    def _outputs_of(output: Any, loss: Tensor | None) -> dict[str, Any]:
+        """What ``on_train_batch_end`` gets: nothing in it holds on to the graph."""
+        if loss is None:
+            return {}
+        if isinstance(output, Tensor):
+            return {"loss": loss.detach()}
+        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
 
     def _closure(self) -> Any:
         self._ran = True
         output = self.forward(self._batch, self._batch_idx)
-        if isinstance(output, Tensor) or output is None:
-            loss = output
-            self._outputs = {} if loss is None else {"loss": loss.detach()}
-        else:
-            try:
-                loss = output["loss"]
-            except (TypeError, KeyError, IndexError):
-                raise ConfigError(
-                    f"{type(self.module).__name__}.training_step must return the loss as a tensor, a dict "
-                    f"with the "
-                    f'key "loss", or None, found {type(output).__name__}.'
-                ) from None
-            self._outputs = {**output, "loss": loss.detach()}
+        loss = self._loss_of(output)
+        if self.has_listeners:
+            self._outputs = self._outputs_of(output, loss)
         if self._zero and self.optimizer is not None:
             self._zero_grad(self.optimizer)
-        if loss is None:
-            warn_once(
-                "training_step None", "training_step returned None. If that was on purpose, ignore this."
-            )
-        else:
+        if loss is not None:
             self.backward(loss if self.accumulate == 1 else loss / self.accumulate)
         if (
             self._step

@@ -12,11 +12,12 @@ import torch
 from holdfast.callbacks.base import Callback
 from holdfast.errors import ConfigError
 from holdfast.training import configuration, state
+from holdfast.training.configured import read_configuration
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.hooks import call, is_overridden
 from holdfast.training.hparams import HyperparametersMixin
 from holdfast.training.loops import FitLoop
-from holdfast.training.optimization import LightningOptimizer, read_configuration
+from holdfast.training.optimization import LightningOptimizer
 from holdfast.training.progress import RunningStage, TrainerFn, TrainerStatus
 from holdfast.training.resume import Resolved, resolve
 from holdfast.training.sources import find_loader, find_train_loader, has_loader

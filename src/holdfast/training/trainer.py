@@ -13,12 +13,13 @@ from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.errors import ConfigError
 from holdfast.strategies.single import SingleDeviceStrategy, choose_device
 from holdfast.training import configuration, run
+from holdfast.training.configured import LRSchedulerConfig
 from holdfast.training.datamodule import LightningDataModule
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.loops import FitLoop
 from holdfast.training.metrics import MetricStore
 from holdfast.training.module import LightningModule
-from holdfast.training.optimization import LightningOptimizer, LRSchedulerConfig
+from holdfast.training.optimization import LightningOptimizer
 from holdfast.training.precision import make_precision
 from holdfast.training.progress import Progress, TrainerFn, TrainerState, TrainerStatus
 from holdfast.training.results import Results
