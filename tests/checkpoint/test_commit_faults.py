@@ -219,3 +219,22 @@ def test_a_file_system_without_locks_still_saves(tmp_path: Path, monkeypatch: py
     CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
     monkeypatch.undo()
     assert load(tmp_path / "a.ckpt")["w"].sum() == 1000
+
+
+def test_a_cleaner_that_is_quicker_than_the_lock_costs_another_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = fcntl.flock, []
+
+    def late(fd: int, operation: int) -> None:
+        if not taken:
+            taken.extend(name for name in os.listdir(tmp_path) if commit.is_temporary(name))
+            for name in taken:
+                os.unlink(tmp_path / name)
+        lock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    CheckpointEngine().save(NEW, tmp_path / "a.ckpt")
+    assert len(taken) == 1
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    assert load(tmp_path / "a.ckpt")["w"].sum() == 1000

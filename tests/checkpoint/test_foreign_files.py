@@ -280,13 +280,14 @@ def test_a_hostile_manifest_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         (b'"types":null', b'"types":{"type":"enum","class":"os.system"}'),
         (b'"types":null', b'"types":{"items":{"0":{"type":"ndarray","dtype":"|O8"}}}'),
         (b'"types":null', b'"types":{"items":{"99":{"type":"path"}}}'),
-        (b'"types":null', b'"types":' + b'{"items":{"0":' * 5000 + b"{}" + b"}}" * 5000),
+        (b'"types":null', b'"types":' + b'{"items":{"0":' * 150 + b"{}" + b"}}" * 150),
+        (b'"omissions":[]', b'"records":' + b"[" * 5000),
         (b'"records":[', b'"records":[["x",1e99,-5,"zz",[]],'),
     ]:
         with monkeypatch.context() as patch:
             patch.setattr(container, "records_bytes", lambda *args, o=old, n=new: rows(*args).replace(o, n))
             CheckpointEngine().save({"w": torch.ones(1)}, tmp_path / "a.ckpt")
-        if b"os.system" in new:
+        if old == b'"types":null':  # types that do not fit leave the plain value
             assert load(tmp_path / "a.ckpt")["w"].tolist() == [1]
             continue
         with pytest.raises(CheckpointError):

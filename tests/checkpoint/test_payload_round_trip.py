@@ -26,6 +26,7 @@ from holdfast.checkpoint import exact
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.payload import MAX_DEPTH, encode
+from holdfast.errors import CheckpointIncompatible
 
 
 class Colour(enum.Enum):
@@ -428,6 +429,160 @@ def test_skipped_keys_are_left_out_and_what_they_share_is_not(tmp_path: Path) ->
     assert torch.equal(back["state_dict"]["w"], shared)
     assert torch.equal(back["a/b"]["c"], payload["a/b"]["c"])
     assert same(back["last"], common)
+
+
+MORE_EXACT = [
+    np.timedelta64(5, "s"), np.timedelta64(5), np.timedelta64("NaT", "s"), np.datetime64("NaT"),
+    np.datetime64("2020-01-01T00:00:01.5", "ns"), datetime.timezone(datetime.timedelta(hours=1), "X"), range(2**3000),
+    {(2**3000,), 2**3000}, slice(2**3000, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", MORE_EXACT, ids=lambda value: repr(value)[:30])
+def test_more_values_come_back_and_open_in_torch(value: Any, tmp_path: Path) -> None:
+    back = there_and_back(value, tmp_path)
+    assert type(back) is type(value) and repr(back) == repr(value)
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("value", [datetime.datetime(2020, 7, 1, fold=1), datetime.time(1, fold=1)], ids=repr)
+def test_a_time_told_twice_comes_back_as_the_second(value: Any, tmp_path: Path) -> None:
+    assert repr(there_and_back(value, tmp_path)) == repr(value)
+
+
+def test_a_time_that_the_base_class_cannot_read_comes_back_as_text(tmp_path: Path) -> None:
+    """As pandas writes them."""
+
+    class Never(datetime.datetime):
+        def isoformat(self, *args: Any) -> str:
+            return "NaT"
+
+    class Fine(datetime.datetime):
+        def isoformat(self, *args: Any) -> str:
+            return super().isoformat(*args) + "789"
+
+    class Same(datetime.datetime):
+        pass
+
+    value = [Never(2020, 1, 1), Fine(2020, 1, 1, 1, 1, 1, 5), Same(2020, 1, 1)]
+    assert same(
+        there_and_back(value, tmp_path),
+        ["NaT", "2020-01-01T01:01:01.000005789", datetime.datetime(2020, 1, 1)],
+    )
+
+
+def test_no_value_stops_the_rest(tmp_path: Path) -> None:
+    class Unkind:
+        @property
+        def item(self) -> Any:
+            raise RuntimeError("x")
+
+    class Worse:
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise RuntimeError("y")
+
+    class Silent(Exception):
+        def __repr__(self) -> str:
+            raise RuntimeError("z")
+
+    class Mute(dict):  # type: ignore[type-arg]
+        def items(self) -> Any:
+            raise Silent
+
+    class Alike(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    shared = [pathlib.Path("x"), torch.ones(10_000)]
+
+    class Torn(dict):  # type: ignore[type-arg]
+        def items(self) -> Any:
+            yield "a", shared
+            raise RuntimeError("torn")
+
+    payload = {
+        "fraction": fractions.Fraction(10**5000, 3),
+        "keys": {Unkind(): 1, Worse(): 2, 2**3000: 3, "ok": 4},
+        "mute": Mute(),
+        "torn": Torn(),
+        "alike": {Alike("k"): pathlib.Path("1"), "k": 2, "l": pathlib.Path("3")},
+        "shared": shared,
+    }
+    report = CheckpointEngine().save(payload, tmp_path / "a.ckpt")
+    back = load(tmp_path / "a.ckpt")
+    assert same(back.pop("shared"), shared)
+    assert same(back.pop("alike"), {"k": pathlib.Path("1"), "l": pathlib.Path("3")})
+    assert same(back, {"keys": {"ok": 4}})
+    assert report.omissions[0][0] == "fraction"
+    assert report.omissions[0][1].startswith("reading a fractions.Fraction raised ValueError(")
+    assert report.omissions[1:] == [
+        ("keys/Unkind", f"a key of type {exact.type_name(Unkind)} cannot be stored"),
+        ("keys/Worse", f"reading a key of type {exact.type_name(Worse)} raised RuntimeError('y')"),
+        ("keys/int", "a whole number of 3001 bits cannot be stored as a key"),
+        ("mute", "reading it raised an error that cannot be shown"),
+        ("torn", f"reading a {exact.type_name(Torn)} raised RuntimeError('torn')"),
+        ("alike/k", "another key has the same plain value"),
+    ]
+    assert len(encode(payload).tensors) == 1
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_running_out_of_memory_is_an_error_and_no_omission() -> None:
+    class Large(dict):  # type: ignore[type-arg]
+        def items(self) -> Any:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        encode({"a": Large()})
+
+
+@pytest.mark.parametrize(
+    "leaf", [torch.ones(3), np.ones(3), torch.eye(3).to_sparse()], ids=["tensor", "array", "sparse"]
+)
+def test_what_is_reached_from_a_kept_key_is_read(leaf: Any, tmp_path: Path) -> None:
+    inner = {"leaf": leaf}
+    outer = {"inner": inner, "path": pathlib.Path("x")}
+    path = saved({"a": {"inner": inner, "outer": outer}, "b": outer, 1: leaf}, tmp_path)
+    back = load(path, skip={"a", "1"})
+    assert same(back, {"b": outer, 1: leaf})
+    assert same(load(path, skip={"a", "b"}), {1: leaf})
+    assert same(load(path, skip={1}), {"a": {"inner": inner, "outer": outer}, "b": outer})
+    assert same(load(saved([leaf], tmp_path), skip={"0"}), [leaf])
+    assert same(
+        load(saved(argparse.Namespace(a=leaf, b=leaf), tmp_path), skip={"a"}), argparse.Namespace(b=leaf)
+    )
+
+
+def test_what_is_skipped_is_not_moved(tmp_path: Path) -> None:
+    path = saved({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path)
+    moved: list[int] = []
+
+    def move(storage: Any, location: str) -> Any:
+        moved.append(storage.nbytes())
+        return storage
+
+    assert list(load(path, map_location=move, skip={"a"})) == ["b"]
+    assert moved == [12]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("form", ["holdfast", "zip", "legacy"])
+def test_a_device_that_is_not_there_is_not_the_files_fault(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    if form == "holdfast":
+        saved({"w": torch.ones(3)}, tmp_path)
+    else:
+        torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(CheckpointIncompatible) as caught:
+        load(path, map_location="cuda:0")
+    assert isinstance(caught.value, RuntimeError)
+    assert str(caught.value) == (
+        "The tensors of a.ckpt were saved on cpu and cannot be loaded with map_location='cuda:0': "
+        f'{caught.value.__cause__}\nTo load them anywhere: map_location="cpu".'
+    )
 
 
 def test_map_location_decides_where_tensors_go(tmp_path: Path) -> None:

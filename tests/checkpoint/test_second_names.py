@@ -49,6 +49,18 @@ def test_a_hard_link_where_reflinks_are_not_supported(
     ]
 
 
+def test_a_second_name_lets_nobody_read_who_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, "ioctl")
+    before = os.umask(0o077)
+    try:
+        assert save(1, tmp_path / "best.ckpt", tmp_path / "last.ckpt") == ("hard link",)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "best.ckpt").stat().st_mode & 0o777 == 0o400
+
+
 def test_saving_over_one_name_leaves_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, "ioctl")
     best, last, third = tmp_path / "best.ckpt", tmp_path / "last.ckpt", tmp_path / "third.ckpt"

@@ -9,7 +9,6 @@ ever written over, ranked again or swept up.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from holdfast.errors import CheckpointError
 from holdfast.utilities.rank_zero import rank_zero_warn
 
 _OWNER = "owner:"
+_LONGEST_NAME_BYTES = 255  # of every file system in use
 
 
 def new_run_id() -> str:
@@ -52,11 +52,33 @@ def describe(path: str) -> Found | None:
         return None
     place, name = os.path.abspath(path), os.path.basename(path)
     for key, owner in summary.values.items():
-        if key.startswith(_OWNER) and name in owner["names"]:
-            ranked = owner["score"] is not None and name == owner["names"][0]
-            score = float(owner["score"]) if ranked else None
+        names = _names(owner) if key.startswith(_OWNER) else []
+        if name in names:
+            score = _score(owner) if name == names[0] else None
             return Found(place, int(summary.step or 0), key.removeprefix(_OWNER), score)
     return Found(place, int(summary.step or 0))
+
+
+def _names(owner: Any) -> list[str]:
+    """The names that a file says it has: in its own directory, since the file may come from anywhere."""
+    names = owner.get("names") if isinstance(owner, dict) else None
+    return names if isinstance(names, list) and all(map(_is_name, names)) else []
+
+
+def _is_name(name: Any) -> bool:
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or os.path.basename(name) != name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= _LONGEST_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
+
+
+def _score(owner: dict[str, Any]) -> float | None:
+    try:
+        return float(owner["score"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
 def give_missing_names(path: str, run: str, step: int) -> list[str]:
@@ -70,12 +92,12 @@ def give_missing_names(path: str, run: str, step: int) -> list[str]:
         step: The global step that it was saved at.
     """
     try:
-        owner = catalog.read_summary(path).values.get(_OWNER + run)
-    except CheckpointError:
+        names = _names(catalog.read_summary(path).values.get(_OWNER + run))
+    except (CheckpointError, OSError):
         return []
     given = []
-    if owner is not None and owner["names"][0] == os.path.basename(path):
-        for name in (os.path.join(os.path.dirname(path), one) for one in owner["names"][1:]):
+    if names and names[0] == os.path.basename(path):
+        for name in (os.path.join(os.path.dirname(path), one) for one in names[1:]):
             there = describe(name)
             if not os.path.lexists(name) or (there is not None and there.run == run and there.step < step):
                 commit.add_name(path, name)
@@ -94,10 +116,11 @@ def describe_all(directory: str, *, also: Iterable[str] = (), recursive: bool = 
         paths += [os.path.abspath(entry.path) for entry in catalog.scan(directory, recursive=recursive)]
     for path in dict.fromkeys(paths):
         one = describe(path)
+        if one is None:
+            entry = catalog.entry(path)
+            one = Found(path, step=0) if entry.foreign and entry.whole else None
         if one is not None:
             found[path] = one
-        elif os.path.isfile(path) and zipfile.is_zipfile(path):
-            found[path] = Found(path, step=0)
     return found
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import math
 import os
+import stat
 from typing import Any
 
 from holdfast.checkpoint import commit, container
@@ -118,24 +121,23 @@ def scan(directory: str | os.PathLike[str], recursive: bool = False) -> list[Ent
 def _is_candidate(item: os.DirEntry[str]) -> bool:
     if not item.name.endswith(SUFFIX) or commit.is_temporary(item.name):
         return False
-    return not item.is_dir()  # a directory is another kind of checkpoint; a dangling link is a broken one
+    return not os.path.isdir(
+        item.path
+    )  # a directory is another kind of checkpoint; a dangling link is a broken one
 
 
 def entry(path: str) -> Entry:
-    """Describe one file; never raises for a file that is broken.
-
-    Raises:
-        StorageError: if the file is there but cannot be read.
-    """
+    """Describe one file; never raises: for one that is broken or cannot be read, the reason is there."""
     try:
-        summary, size = _summary_of(path)
-    except FileNotFoundError:
-        reason = "it is a link to a file that does not exist"
-        return Entry(path, False, reason, None, None, {}, 0.0, 0, False, "full", False)
-    except container.NotWhole as problem:
-        return _unlisted(path, problem)
+        try:
+            summary, size = _summary_of(path)
+        except container.NotWhole as problem:
+            return _unlisted(path, problem)
     except OSError as error:
-        raise commit.storage_error(path, "read", error) from error
+        reason = f"it cannot be read: {error.strerror or error}"
+        if isinstance(error, FileNotFoundError):
+            reason = "it is a link to a file that does not exist"
+        return Entry(path, False, reason, None, None, {}, 0.0, 0, False, "full", False)
     return Entry(
         path, True, None, summary.step, summary.epoch, summary.metrics, summary.saved_at, size,
         summary.exact, summary.kind, False,
@@ -143,6 +145,8 @@ def entry(path: str) -> Entry:
 
 
 def _summary_of(path: str) -> tuple[Summary, int]:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write to it
+        raise OSError(errno.EINVAL, "it is not a regular file")
     with open(path, "rb") as file:
         tail = container.read_tail(file.fileno())
         size = os.fstat(file.fileno()).st_size
@@ -152,30 +156,32 @@ def _summary_of(path: str) -> tuple[Summary, int]:
 def _summary(values: dict[str, Any]) -> Summary:
     """Read the values forgivingly: a summary of another version may lack some, or mean more."""
     about = {key: value for key, value in values.items() if key not in ("format", "records")}
-    step, epoch, saved_at = about.get("step"), about.get("epoch"), about.get("saved_at")
+    step, epoch, saved_at = about.get("step"), about.get("epoch"), _number(about.get("saved_at"))
     metrics = about.get("metrics")
-    contents = about.get("contents")
+    contents, kind = about.get("contents"), about.get("kind")
     return Summary(
         format=values["format"],
         step=step if isinstance(step, int) else None,
         epoch=epoch if isinstance(epoch, int) else None,
         metrics=_numbers(metrics) if isinstance(metrics, dict) else {},
-        saved_at=float(saved_at) if isinstance(saved_at, (int, float)) else 0.0,
+        saved_at=saved_at if saved_at is not None and math.isfinite(saved_at) else 0.0,
         exact=about.get("exact") is True,
-        kind=str(about.get("kind", "full")),
-        contents=tuple(str(key) for key in contents) if isinstance(contents, list) else (),
+        kind=kind if isinstance(kind, str) else "full",
+        contents=tuple(key for key in contents if isinstance(key, str)) if isinstance(contents, list) else (),
         values=about,
     )
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    found = {}
-    for name, value in metrics.items():
-        try:
-            found[name] = float(value)  # "NaN" and "inf" stand as text: JSON has no such numbers
-        except (TypeError, ValueError):
-            continue
-    return found
+    numbers = {name: _number(value) for name, value in metrics.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)  # "NaN" and "inf" stand as text: JSON has no such numbers
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _unlisted(path: str, problem: container.NotWhole) -> Entry:

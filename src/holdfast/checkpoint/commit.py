@@ -151,7 +151,7 @@ def _linked_temporary(path: str, name: str, source: int, symlink: bool) -> tuple
         os.unlink(temporary)
         with contextlib.suppress(OSError):
             os.link(path, temporary, follow_symlinks=True)
-            os.chmod(temporary, 0o444)
+            os.chmod(temporary, os.fstat(source).st_mode & 0o555)
             return "hard link", temporary
         if symlink:
             with contextlib.suppress(OSError):
@@ -306,17 +306,21 @@ def _temporary_name(path: str) -> str:
 
 
 def _create_temporary(path: str) -> tuple[str, int]:
-    temporary = _temporary_name(path)
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        # Without locks a cleaner cannot take it either, so it is never mistaken for a stray file.
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
-            os.close(fd)
-            os.unlink(temporary)
-            raise
-    return temporary, fd
+    while True:
+        temporary = _temporary_name(path)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            # Without locks a cleaner cannot take it either, so it is never mistaken for a stray file.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+                os.close(fd)
+                os.unlink(temporary)
+                raise
+        if os.fstat(fd).st_nlink:
+            return temporary, fd
+        # Another process that tidies up took it between its making and its lock.
+        os.close(fd)
 
 
 _ADVICE = {

@@ -24,6 +24,7 @@ RECORDS = "holdfast/records.json"
 SUMMARY = "holdfast/summary.json"
 FORMAT = 1
 ALIGNMENT = 64
+SUMMARY_BYTES = 16 << 20  # the most that a reader looks at for the summary
 MARK = b"holdfast"  # begins the first record's padding, so that a damaged tail cannot disown the file
 
 ZIP64_BYTES = 0xFFFFFFFF  # sizes and offsets from here on go into zip64 fields; a test lowers it
@@ -150,9 +151,9 @@ def read_tail(fd: int) -> Tail:
         begin = max(0, at - span)
         block = os.pread(fd, at - begin, begin)
         found = block.rfind(_LOCAL_SIGNATURE)
-        if found >= 0 or begin == 0:
+        if found >= 0 or begin == 0 or span >= SUMMARY_BYTES:
             break
-        span *= 8
+        span = min(8 * span, SUMMARY_BYTES)
     return _parse_summary(block, found, begin, at)
 
 
@@ -171,7 +172,7 @@ def _parse_summary(block: bytes, found: int, begin: int, at: int) -> Tail:
         raise NotWhole("its summary has a wrong checksum", ours=True)
     try:
         summary = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotWhole(f"its summary is not JSON: {error}", ours=True) from error
     if not isinstance(summary, dict) or not isinstance(summary.get("format"), int):
         raise NotWhole("its summary has no format version", ours=True)
@@ -191,7 +192,9 @@ def find_directory(fd: int, size: int) -> tuple[int, int]:
     _, _, _, _, count, central, at, comment = _END.unpack(tail[-_END.size :])
     end = size - _END.size
     wide = at == 0xFFFFFFFF or count == 0xFFFF
-    if tail.startswith(b"PK\x06\x06") and (wide or at + central != end):  # torch writes both
+    if (
+        len(tail) >= _END64.size and tail.startswith(b"PK\x06\x06") and (wide or at + central != end)
+    ):  # torch writes both
         fields = _END64.unpack_from(tail)
         count, central, at = fields[7], fields[8], fields[9]
         end = size - length
@@ -203,7 +206,7 @@ def find_directory(fd: int, size: int) -> tuple[int, int]:
 def summary_bytes(summary: dict[str, Any], records: Entry) -> bytes:
     """The summary record: the caller's values plus where the manifest is and what its checksum is."""
     manifest = {"offset": records.offset, "length": records.length, "crc32": f"{records.crc32:08x}"}
-    content = {"format": FORMAT, **summary, "records": manifest}
+    content = {"format": FORMAT} | summary | {"format": FORMAT, "records": manifest}
     return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 

@@ -43,6 +43,7 @@ _PURE_PATHS: dict[str, Callable[[str], Any]] = {
     "PurePosixPath": pathlib.PurePosixPath,
     "PureWindowsPath": pathlib.PureWindowsPath,
 }
+_FRACTION = re.compile(r"-?\d{1,5000}(/\d{1,5000})?", re.ASCII)
 NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUVmM]\d+(\[\d*\w+\])?")
 
 
@@ -85,16 +86,14 @@ def numpy_dtype_text(dtype: Any) -> str | None:
 def restore(plain: Any, spec: Spec) -> Any:
     """Give back the exact value that ``plain`` stands for; ``plain`` itself where that cannot be done.
 
-    Raises:
-        ValueError, TypeError, KeyError: if the spec does not fit the value, which only a damaged or a
-            hostile file brings about.
+    That is so for a word that only a newer holdfast knows, and for a spec that does not fit the value: one
+    value's type must never cost the rest of the file.
     """
-    word = spec.get("type")
-    if word is None:
+    try:
+        known = _RESTORERS.get(spec.get("type", ""))
+        return plain if known is None else known(plain, spec)
+    except Exception:
         return plain
-    known = _RESTORERS.get(word)
-    # A newer holdfast may write words that this one does not know: the plain value is the honest answer.
-    return plain if known is None else known(plain, spec)
 
 
 def _namespace(plain: Any, spec: Spec) -> Any:
@@ -114,7 +113,33 @@ def _str_keys(plain: Any) -> dict[str, Any]:
 
 
 def _path(plain: Any, spec: Spec) -> Any:
-    return _PURE_PATHS.get(spec.get("class", ""), pathlib.Path)(str(plain))
+    return _PURE_PATHS.get(spec.get("class", ""), pathlib.Path)(_text(plain))
+
+
+def _text(plain: Any) -> str:
+    if not isinstance(plain, str):
+        raise TypeError(f"a {type(plain).__name__} is not text")
+    return plain
+
+
+def _bytes(plain: Any, spec: Spec) -> Any:
+    if not isinstance(plain, bytearray):
+        raise TypeError("bytes() of a number would be that many zeros")
+    return bytes(plain)
+
+
+def _fraction(plain: Any, spec: Spec) -> Any:
+    if not _FRACTION.fullmatch(plain):
+        raise ValueError("with an exponent a few letters could take hours")
+    return fractions.Fraction(plain)
+
+
+def _datetime(plain: Any, spec: Spec) -> Any:
+    return datetime.datetime.fromisoformat(plain).replace(fold=spec.get("fold", 0))
+
+
+def _time(plain: Any, spec: Spec) -> Any:
+    return datetime.time.fromisoformat(plain).replace(fold=spec.get("fold", 0))
 
 
 def _user_type(plain: Any, spec: Spec) -> Any:
@@ -139,7 +164,8 @@ def _timedelta(plain: Any, spec: Spec) -> Any:
 
 
 def _timezone(plain: Any, spec: Spec) -> Any:
-    return datetime.timezone(datetime.timedelta(seconds=plain))
+    offset = datetime.timedelta(seconds=plain)
+    return datetime.timezone(offset, spec["name"]) if "name" in spec else datetime.timezone(offset)
 
 
 def _defaultdict(plain: Any, spec: Spec) -> Any:
@@ -149,34 +175,50 @@ def _defaultdict(plain: Any, spec: Spec) -> Any:
 def _ndarray(plain: Any, spec: Spec) -> Any:
     import numpy as np
 
-    text = spec["dtype"]
-    if not NUMPY_DTYPE.fullmatch(text):
-        raise ValueError(f"{text!r} is not a dtype of plain numbers or text")
+    dtype = _numpy_dtype(spec)
     if plain.device.type == "meta":
-        return plain  # it lies under a key that the reader leaves out
-    dtype = np.dtype(text)
-    array = plain.numpy()
+        return plain  # under a key that the reader leaves out, or moved there by map_location
+    dense = plain.numel() * plain.itemsize <= plain.untyped_storage().nbytes()
+    if not dense and not plain.is_cpu:
+        raise ValueError("its copy would be larger than what the file has of it")
+    array = plain.cpu().numpy()
+    if array.dtype == dtype:
+        return array
+    if "shape" not in spec and dtype.kind in "mM":
+        return array.view(dtype)
+    if not dense:
+        raise ValueError("its copy would be larger than what the file has of it")
     if "shape" in spec:  # stored as raw bytes: torch has no such dtype
         return np.frombuffer(array.tobytes(), dtype=dtype).reshape(spec["shape"]).copy()
-    if dtype.kind in "mM":
-        return array.view(dtype)
-    return array if array.dtype == dtype else array.astype(dtype)
+    if array.dtype != dtype.newbyteorder("="):
+        raise ValueError(f"an array of {array.dtype} was never one of {dtype}")
+    return array.astype(dtype)
 
 
 def _numpy_scalar(plain: Any, spec: Spec) -> Any:
     import numpy as np
 
-    text = spec["dtype"]
-    if not NUMPY_DTYPE.fullmatch(text):
-        raise ValueError(f"{text!r} is not a dtype of plain numbers or text")
-    return np.array(plain, dtype=np.dtype(text))[()]
+    dtype = _numpy_dtype(spec)
+    if "i8" in spec:
+        return np.array(spec["i8"], dtype="i8").view(dtype)[()]
+    if dtype.itemsize > (len(plain) if dtype.kind in "SUV" else 32):
+        raise ValueError(f"{dtype} is larger than the value in the file")
+    return np.array(plain, dtype=dtype)[()]
+
+
+def _numpy_dtype(spec: Spec) -> Any:
+    import numpy as np
+
+    if not NUMPY_DTYPE.fullmatch(spec["dtype"]):
+        raise ValueError(f"{spec['dtype']!r} is not a dtype of plain numbers or text")
+    return np.dtype(spec["dtype"])
 
 
 def _torch_constant(plain: Any, spec: Spec) -> Any:
     import torch
 
     if plain not in TORCH_CONSTANTS:
-        raise ValueError(f"{plain!r} is not one of torch's constants")
+        raise ValueError("it is not one of torch's constants")
     return getattr(torch, plain)
 
 
@@ -196,7 +238,9 @@ TORCH_CONSTANTS = (
 def _omegaconf(plain: Any, spec: Spec) -> Any:
     # Only where the program itself has imported it: reading a file imports nothing on the file's word.
     module = sys.modules.get("omegaconf")
-    return plain if module is None else module.OmegaConf.create(plain)
+    if module is None or not isinstance(plain, (dict, list)):  # text would be read as YAML
+        return plain
+    return module.OmegaConf.create(plain)
 
 
 _RESTORERS: dict[str, Callable[[Any, Spec], Any]] = {
@@ -206,7 +250,7 @@ _RESTORERS: dict[str, Callable[[Any, Spec], Any]] = {
     "enum": _user_type,
     "dataclass": _user_type,
     "namedtuple": _user_type,
-    "bytes": lambda plain, spec: bytes(plain),
+    "bytes": _bytes,
     "int": lambda plain, spec: int(plain, 16),
     "set": lambda plain, spec: set(plain),
     "frozenset": lambda plain, spec: frozenset(plain),
@@ -215,14 +259,14 @@ _RESTORERS: dict[str, Callable[[Any, Spec], Any]] = {
     "deque": lambda plain, spec: collections.deque(plain, spec["maxlen"]),
     "counter": lambda plain, spec: collections.Counter(dict(plain)),
     "defaultdict": _defaultdict,
-    "datetime": lambda plain, spec: datetime.datetime.fromisoformat(plain),
+    "datetime": _datetime,
     "date": lambda plain, spec: datetime.date.fromisoformat(plain),
-    "time": lambda plain, spec: datetime.time.fromisoformat(plain),
+    "time": _time,
     "timedelta": _timedelta,
     "timezone": _timezone,
     "uuid": lambda plain, spec: uuid.UUID(plain),
     "decimal": lambda plain, spec: decimal.Decimal(plain),
-    "fraction": lambda plain, spec: fractions.Fraction(plain),
+    "fraction": _fraction,
     "ndarray": _ndarray,
     "numpy_scalar": _numpy_scalar,
     "torch": _torch_constant,

@@ -17,7 +17,13 @@ from holdfast.checkpoint import container, pickling
 from holdfast.checkpoint.checksum import crc32
 from holdfast.checkpoint.foreign_types import KNOWN, Opaque, opaque_class, settle
 from holdfast.checkpoint.tensors import memory, mover, new_storage
-from holdfast.errors import CheckpointCorrupt, CheckpointIncompatible, CheckpointIncomplete, CheckpointUnsafe
+from holdfast.errors import (
+    CheckpointCorrupt,
+    CheckpointError,
+    CheckpointIncompatible,
+    CheckpointIncomplete,
+    CheckpointUnsafe,
+)
 
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -45,7 +51,10 @@ def load(name: str, fd: int, map_location: Any, skip: frozenset[str], verify: bo
 def _load_legacy(name: str, map_location: Any) -> Any:
     short = os.path.basename(name)
     try:
-        return torch.load(name, map_location=map_location, weights_only=True)
+        where: Any = mover(map_location, name) or "cpu"
+        return torch.load(name, map_location=where, weights_only=True)
+    except CheckpointIncompatible:
+        raise
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line] or [str(error)]
         raise CheckpointUnsafe(
@@ -71,7 +80,7 @@ def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
         raise CheckpointIncompatible(f"{short} was written on a big-endian machine.", path=name)
     pickled = archive.read("data.pkl")
     storages: dict[str, torch.UntypedStorage] = {}
-    move = mover(map_location)
+    move = mover(map_location, name)
 
     def storage(key: str, location: str) -> torch.UntypedStorage:
         if key not in storages:
@@ -84,7 +93,7 @@ def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
         unpickler = _ForeignUnpickler(pickled, storage)
         value = unpickler.load()
         return settle(value) if unpickler.has_stubs else value
-    except (CheckpointCorrupt, OSError, Warning):
+    except (CheckpointError, OSError, Warning):
         raise
     except (pickling.PickleError, RecursionError, MemoryError) as error:
         raise CheckpointUnsafe(f"{short} cannot be read: {error}.", path=name) from error
@@ -158,8 +167,8 @@ class _Archive:
                 f"{os.path.basename(self._name)}: {inner} is compressed; a checkpoint's records are stored.",
                 path=self._name,
             )
-        if info.header_offset + info.file_size > self.size:
-            raise self._corrupt(f"{inner} reaches beyond the end of the file")
+        if info.header_offset < 0 or info.header_offset + info.file_size > self.size:
+            raise self._corrupt(f"{inner} lies outside the file")
         return info.file_size
 
     def _fill(self, inner: str, into: memoryview) -> None:

@@ -77,7 +77,7 @@ def read_manifest(fd: int, tail: Tail) -> Manifest:
         types, omissions = content["types"], content["omissions"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise Damage(f"its manifest cannot be read: {error!r}") from error
-    _check_rows(rows)
+    _check_rows(rows, tail.directory)
     about = tail.summary_bytes
     rows += [(container.RECORDS, length, crc32(data)), (container.SUMMARY, len(about), crc32(about))]
     names += [[], []]
@@ -92,13 +92,17 @@ def read_manifest(fd: int, tail: Tail) -> Manifest:
     return Manifest(placed, types, omissions)
 
 
-def _check_rows(rows: list[tuple[str, int, int]]) -> None:
+def _check_rows(rows: list[tuple[str, int, int]], most: int) -> None:
     seen = set()
-    for name, length, _ in rows:
+    for name, length, checksum in rows:
         if not _NAME.fullmatch(name) or ".." in name or name in seen:
             raise Damage(f"its manifest has a record named {name[:200]!r}")
-        if type(length) is not int or length < 0:
-            raise Damage(f"its manifest says that {name} has {length!r} bytes")
+        if type(length) is not int or not 0 <= length <= most:
+            raise Damage(
+                f"its manifest says that {name} has {str(length)[:40]} bytes, the file has room for {most}"
+            )
+        if not 0 <= checksum <= 0xFFFFFFFF:
+            raise Damage(f"its manifest says that {name} has checksum {checksum:x}"[:300])
         seen.add(name)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
 from holdfast.checkpoint import catalog, commit, container, foreign, integrity, payload, pickling
 from holdfast.checkpoint.integrity import Damage, Job, Manifest
+from holdfast.checkpoint.reachable import reachable
 from holdfast.checkpoint.tensors import memory, mover, new_storage
 from holdfast.errors import (
     CheckpointCorrupt,
+    CheckpointError,
     CheckpointIncompatible,
     CheckpointIncomplete,
     CheckpointNotFound,
@@ -44,7 +47,8 @@ def load(
         CheckpointNotFound: there is no such file; names the nearest names in that directory.
         CheckpointIncomplete: the file was cut short, or is not a checkpoint.
         CheckpointCorrupt: bytes differ from those written; names the record and the tensors in it.
-        CheckpointIncompatible: the file was written by a newer holdfast.
+        CheckpointIncompatible: the file was written by a newer holdfast, or ``map_location`` asks for a
+            device that is not there.
         CheckpointUnsafe: the file asks for code or for absurd amounts of memory.
         StorageError: the disk failed.
     """
@@ -87,6 +91,9 @@ def is_holdfast(path: str | os.PathLike[str]) -> bool:
 
 def _open(name: str) -> Any:
     try:
+        if os.path.exists(name) and not os.path.isdir(name) and not os.path.isfile(name):
+            # Opening a pipe would wait for somebody to write to it.
+            raise CheckpointIncomplete(f"{name} is not a regular file, so not a checkpoint.", path=name)
         return open(name, "rb", buffering=0)
     except IsADirectoryError:
         raise CheckpointIncomplete(f"{name} is a directory, not a checkpoint file.", path=name) from None
@@ -107,9 +114,12 @@ def _open(name: str) -> Any:
 def newest(name: str) -> str:
     """A line that names the newest whole checkpoint beside a file that is not, or nothing."""
     directory = os.path.dirname(os.path.abspath(name))
-    for entry in catalog.scan(directory):
-        if entry.whole and not entry.foreign and not os.path.samefile(entry.path, name):
-            return f"\nNewest whole checkpoint in {directory}: {os.path.basename(entry.path)}."
+    try:
+        for entry in catalog.scan(directory):
+            if entry.whole and not entry.foreign and not os.path.samefile(entry.path, name):
+                return f"\nNewest whole checkpoint in {directory}: {os.path.basename(entry.path)}."
+    except (CheckpointError, OSError):  # this is for the message of an error that says more
+        pass
     return ""
 
 
@@ -137,53 +147,70 @@ def _load_own(
     name: str, fd: int, tail: container.Tail, map_location: Any, skip: frozenset[str], verify: bool
 ) -> Any:
     manifest = integrity.read_manifest(fd, tail)
-    pickled, storages = _read(fd, manifest, skip, verify)
-    move = mover(map_location)
-
+    pickled = _read_pickle(fd, manifest, verify)
+    with _unsafe(name):
+        pickling.scan(pickled)
+        wanted = reachable(pickled, skip) if skip else None
+    storages = _read_rest(fd, manifest, wanted, verify)
+    move = mover(map_location, name)
     moved: set[str] = set()
 
     def storage(key: str, location: str) -> torch.UntypedStorage:
         found = storages.get(f"data/{key}")
         if found is None:
             raise pickling.PickleError(f"there is no record data/{key}")
-        if move is not None and key not in moved:
+        if move is not None and key not in moved and (wanted is None or key in wanted):
             moved.add(key)
             found = storages[f"data/{key}"] = move(found, location)
         return found
 
-    try:
-        pickling.scan(pickled)
+    with _unsafe(name):
         tree = pickling.SafeUnpickler(pickled, storage).load()
-        value = payload.decode(tree, manifest.types)
-    except (pickling.UnsafeGlobal, OSError, Warning):
+        _check_lengths(manifest, storages)
+        return payload.decode(tree, manifest.types, skip)
+
+
+def _check_lengths(manifest: Manifest, storages: dict[str, torch.UntypedStorage]) -> None:
+    """Refuse storages that have grown: a pickle can have `Tensor.set_` called once a tensor is made."""
+    for record in manifest.records:
+        storage = storages.get(record.entry.name)
+        if storage is not None and storage.nbytes() != record.entry.length:
+            raise pickling.PickleError(f"a tensor reaches beyond its record {record.title}")
+
+
+@contextlib.contextmanager
+def _unsafe(name: str) -> Iterator[None]:
+    """Say of whatever a pickle leads to what it means: its checksum is right, so holdfast didn't write it."""
+    try:
+        yield
+    except (pickling.UnsafeGlobal, CheckpointError, OSError, Warning):
         raise
     except Exception as error:
-        # Its checksum is right, so this was written by something that is not holdfast, or to do harm.
         raise CheckpointUnsafe(f"{os.path.basename(name)} cannot be read: {error}.", path=name) from error
-    if isinstance(value, dict):
-        for key in skip:
-            value.pop(key, None)
-    return value
 
 
-def _read(
-    fd: int, manifest: Manifest, skip: frozenset[str], verify: bool
-) -> tuple[bytes, dict[str, torch.UntypedStorage]]:
+def _read_pickle(fd: int, manifest: Manifest, verify: bool) -> bytes:
+    found = [record for record in manifest.records if record.entry.name == "data.pkl"]
+    pickled = bytearray(sum(record.entry.length for record in found))
+    integrity.read_records(fd, [Job(record, memoryview(pickled)) for record in found], verify=verify)
+    return bytes(pickled)
+
+
+def _read_rest(
+    fd: int, manifest: Manifest, wanted: set[str] | None, verify: bool
+) -> dict[str, torch.UntypedStorage]:
     storages: dict[str, torch.UntypedStorage] = {}
     jobs: list[Job] = []
-    pickled = bytearray()
     for record in manifest.records:
         entry = record.entry
-        if not entry.name.startswith("data/"):
-            buffer = bytearray(entry.length)
-            if entry.name == "data.pkl":
-                pickled = buffer
-            jobs.append(Job(record, memoryview(buffer)))
-        elif skip and record.tensors and all(tensor.split("/", 1)[0] in skip for tensor in record.tensors):
+        kind, _, key = entry.name.partition("/")
+        if kind != "data":
+            if entry.name != "data.pkl":
+                jobs.append(Job(record, memoryview(bytearray(entry.length))))
+        elif wanted is not None and key not in wanted:
             storages[entry.name] = new_storage(entry.length, "meta")
         else:
-            storage = new_storage(entry.length)
-            storages[entry.name] = storage
+            storage = storages[entry.name] = new_storage(entry.length)
             jobs.append(Job(record, memory(storage.data_ptr(), entry.length, writable=True)))
     integrity.read_records(fd, jobs, verify=verify)
-    return bytes(pickled), storages
+    return storages

@@ -8,7 +8,7 @@ is left out and named.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from holdfast.checkpoint.stand_ins import (
     AS_IT_IS,
     HANDLERS,
     LEAVES,
+    MAX_INT_BITS,
     Handler,
     Plain,
     Unstorable,
@@ -38,7 +39,7 @@ class Encoded:
         tree: plain values and plain tensors only; containers are new, tensors share memory with the payload.
         types: spec of the exact types, or None if all is plain.
         omissions: (path, reason) of everything that is not in the tree.
-        tensors: (path, tensor) of every tensor in the tree; a tensor under two top-level keys is in both.
+        tensors: (path, tensor) of every tensor in the tree; those of a shared container are there once.
     """
 
     tree: Any
@@ -63,41 +64,42 @@ def encode(obj: Any) -> Encoded:
     return Encoded(tree, spec, encoder.omissions, encoder.tensors)
 
 
-def decode(tree: Any, types: Spec | None) -> Any:
-    """Give back the exact value from a tree (which is used up) and its spec.
+def decode(tree: Any, types: Any, skip: Collection[Any] = ()) -> Any:
+    """Give back the exact value from a tree (which is used up) and its spec, without the keys in ``skip``.
 
-    Raises:
-        ValueError, TypeError, KeyError, IndexError: if the spec does not fit the tree.
+    Where a spec does not fit what it is for, the plain value stays.
     """
-    return tree if types is None else _decode(tree, types, {}, 0)
+    spec = types if isinstance(types, dict) else {}
+    value = _decode_items(tree, spec, {}, 0)
+    if isinstance(value, dict):
+        for key in skip:  # not before: what is left may refer to the exact types of what lies under them
+            value.pop(key, None)
+    return exact.restore(value, spec)
 
 
-def _decode(plain: Any, spec: Spec, done: dict[int, tuple[Any, Any]], depth: int) -> Any:
+def _decode(plain: Any, spec: Any, done: dict[int, tuple[Any, Any]], depth: int) -> Any:
+    if not isinstance(spec, dict) or depth > MAX_DEPTH + 1:
+        return plain
     if spec.get("type") == "ref":
-        return done[id(plain)][1]
-    if depth > MAX_DEPTH + 1:
-        raise ValueError("the types are nested too deeply")
-    result = plain
-    items = spec.get("items")
-    if items:
-        children = {int(at): child for at, child in items.items()}
-        if isinstance(plain, dict):
-            keys = list(plain)
-            for at, child in children.items():
-                plain[keys[at]] = _decode(plain[keys[at]], child, done, depth + 1)
-        elif isinstance(plain, (list, tuple)):
-            values = list(plain)
-            for at, child in children.items():
-                values[at] = _decode(values[at], child, done, depth + 1)
-            if isinstance(plain, list):
-                plain[:] = values
-            else:
-                result = tuple(values)
-        else:
-            raise TypeError(f"a {type(plain).__name__} has no items")
-    result = exact.restore(result, spec)
+        return done.get(id(plain), (plain, plain))[1]
+    result = exact.restore(_decode_items(plain, spec, done, depth), spec)
     done[id(plain)] = (plain, result)  # holding `plain` keeps its id from being used again
     return result
+
+
+def _decode_items(plain: Any, spec: Spec, done: dict[int, tuple[Any, Any]], depth: int) -> Any:
+    items = spec.get("items")
+    if not isinstance(items, dict) or not isinstance(plain, (dict, list, tuple)):
+        return plain
+    places = list(plain) if isinstance(plain, dict) else range(len(plain))
+    values: Any = list(plain) if isinstance(plain, tuple) else plain
+    for at, child in items.items():
+        try:
+            place = places[int(at)]
+        except (ValueError, IndexError):
+            continue
+        values[place] = _decode(values[place], child, done, depth + 1)
+    return tuple(values) if isinstance(plain, tuple) else plain
 
 
 class _Encoder:
@@ -106,33 +108,24 @@ class _Encoder:
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.path: list[str] = []
         self.active: set[int] = set()
-        # id -> (plain, spec, original kept alive, path, range in self.tensors)
-        self.memo: dict[int, tuple[Any, Spec | None, Any, str, int, int]] = {}
+        self.memo: dict[int, tuple[Any, Spec | None, Any]] = {}  # id -> (plain, spec, original kept alive)
         self.made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.seen_under: set[tuple[int, str]] = set()
 
     def value(self, obj: Any) -> Plain:
-        kind = type(obj)
-        if kind in AS_IT_IS:
-            return obj, None
-        if kind is torch.Tensor:
-            return encode_tensor(self, obj)
-        handler = HANDLERS.get(kind)
-        if handler is None:
-            return self.of_unknown_type(obj)
-        return handler(self, obj) if handler in LEAVES else self.container(obj, handler)
-
-    def of_unknown_type(self, obj: Any) -> Plain:
-        """A value of somebody's own class, whose methods may do anything."""
         depth = len(self.path)
         try:
-            handler = handler_for(obj)
+            kind = type(obj)
+            if kind in AS_IT_IS:
+                return obj, None
+            if kind is torch.Tensor:
+                return encode_tensor(self, obj)
+            handler = HANDLERS.get(kind) or handler_for(obj)
             return handler(self, obj) if handler in LEAVES else self.container(obj, handler)
-        except Unstorable:
+        except (Unstorable, MemoryError, torch.cuda.OutOfMemoryError):
             raise
-        except Exception as error:
+        except Exception as error:  # the methods of somebody's own class may do anything
             del self.path[depth:]
-            raise Unstorable(f"reading a {exact.type_name(type(obj))} raised {error!r}") from error
+            raise _unreadable("", obj, error) from error
 
     def container(self, obj: Any, handler: Handler) -> Plain:
         key = id(obj)
@@ -144,23 +137,22 @@ class _Encoder:
         if len(self.path) >= MAX_DEPTH:
             raise Unstorable(f"it is nested more than {MAX_DEPTH} levels deep")
         self.active.add(key)
-        first = len(self.tensors)
+        tensors, known_before = len(self.tensors), len(self.memo)
         try:
             plain, spec = handler(self, obj)
+        except BaseException:
+            # What was read of it so far is not in the tree, so nothing may refer to it.
+            del self.tensors[tensors:]
+            while len(self.memo) > known_before:
+                self.memo.popitem()
+            raise
         finally:
             self.active.discard(key)
-        self.memo[key] = (plain, spec, obj, "/".join(self.path), first, len(self.tensors))
-        self.seen_under.add((key, self.path[0] if self.path else ""))
+        self.memo[key] = (plain, spec, obj)
         return plain, spec
 
-    def again(self, known: tuple[Any, Spec | None, Any, str, int, int]) -> Plain:
-        plain, spec, original, path, first, last = known
-        top = self.path[0] if self.path else ""
-        if (id(original), top) not in self.seen_under:
-            # Its tensors belong to this top-level key too: a reader that skips the other one needs them.
-            self.seen_under.add((id(original), top))
-            here = "/".join(self.path)
-            self.tensors += [(here + name[len(path) :], tensor) for name, tensor in self.tensors[first:last]]
+    def again(self, known: tuple[Any, Spec | None, Any]) -> Plain:
+        plain, spec, _ = known
         if spec is None or not isinstance(plain, (list, dict, set, tuple, torch.Tensor)) or plain == ():
             return plain, spec
         return plain, {"type": "ref"}
@@ -182,12 +174,18 @@ class _Encoder:
         path = self.path
         for key, value in pairs:
             kind = type(key)
-            if kind is not str and kind is not int:
+            if kind is not str and (kind is not int or key.bit_length() >= MAX_INT_BITS):
                 try:
                     key = plain_key(key)
-                except Unstorable as reason:
-                    self.omit(reason, str(type(key).__name__))
+                except Exception as error:
+                    reason = (
+                        error if isinstance(error, Unstorable) else _unreadable("key of type ", key, error)
+                    )
+                    self.omit(reason, kind.__name__)
                     continue
+            if key in into:
+                self.omit("another key has the same plain value", _component(str(key)))
+                continue
             path.append(_component(key if kind is str else str(key)))
             try:
                 plain, spec = self.value(value)
@@ -219,6 +217,13 @@ class _Encoder:
             into.append(plain)
             path.pop()
         return into, {"items": items} if items else None
+
+
+def _unreadable(what: str, obj: Any, error: Exception) -> Unstorable:
+    try:
+        return Unstorable(f"reading a {what}{exact.type_name(type(obj))} raised {error!r}")
+    except Exception:
+        return Unstorable("reading it raised an error that cannot be shown")
 
 
 def _component(key: str) -> str:

@@ -172,6 +172,7 @@ class _Kind:
     """A storage class as a pickle names it: its dtype is all that it means."""
 
     __slots__ = ("dtype",)
+    dtype: torch.dtype
 
     def __init__(self, dtype: torch.dtype) -> None:
         object.__setattr__(self, "dtype", dtype)
@@ -211,17 +212,22 @@ class SafeUnpickler(pickle.Unpickler):
         raise UnsafeGlobal(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or type(pid[1]) is not _Kind:
-            raise PickleError(f"{str(pid)[:80]!r} does not refer to a storage")
-        _, kind, key, location, numel = pid
-        if type(key) is not str or type(location) is not str or type(numel) is not int:
-            raise PickleError(f"{str(pid)[:80]!r} does not refer to a storage")
+        kind, key, location, numel = storage_id(pid)
         storage = self._storage(key, location)
         if numel < 0 or numel * kind.dtype.itemsize > storage.nbytes():
             raise PickleError(
                 f"data/{key} has {storage.nbytes()} bytes, which are not {numel} elements of {kind.dtype}"
             )
         return _Storage(storage, kind.dtype)
+
+
+def storage_id(pid: Any) -> tuple[_Kind, str, str, int]:
+    """What a persistent id says: the storage's kind, key, location and number of elements."""
+    if type(pid) is tuple and len(pid) == 5 and pid[0] == "storage":
+        _, kind, key, location, numel = pid
+        if (type(kind), type(key), type(location), type(numel)) == (_Kind, str, str, int):
+            return kind, key, location, numel
+    raise PickleError(f"a {type(pid).__name__} does not refer to a storage")
 
 
 def _check_bounds(storage: Any, dtype: torch.dtype, offset: int, size: Any, stride: Any) -> None:
@@ -250,7 +256,7 @@ def _rebuild(
     metadata: Any = None,
 ) -> torch.Tensor:
     if type(dtype) is not torch.dtype:
-        raise PickleError(f"{dtype!r} is not a dtype")
+        raise PickleError(f"a {type(dtype).__name__} is not a dtype")
     _check_bounds(storage, dtype, offset, size, stride)
     tensor = torch.empty(0, dtype=dtype, device=storage.untyped.device)
     tensor.set_(storage.untyped, offset, size, stride)
@@ -284,9 +290,9 @@ def _rebuild_quantised(
 ) -> torch.Tensor:
     dtype = storage.dtype if type(storage) is _Storage else torch.uint8
     _check_bounds(storage, dtype, offset, size, stride)
-    if storage.untyped.device.type == "meta":
-        return torch.empty_strided(size, stride, dtype=torch.uint8, device="meta")
     scheme, *params = quantizer
+    if storage.untyped.device.type == "meta" or any(getattr(param, "is_meta", False) for param in params):
+        return torch.empty_strided(size, stride, dtype=torch.uint8, device="meta")
     if scheme is torch.per_tensor_affine:
         tensor = torch._empty_affine_quantized((0,), scale=params[0], zero_point=params[1], dtype=dtype)
     else:
@@ -325,15 +331,15 @@ def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
 
 
 def _layout(name: str) -> torch.layout:
-    for layout in LAYOUTS:
-        if str(layout) == name:
-            return layout
-    raise PickleError(f"{name!r} is not a layout")
+    known = {str(layout): layout for layout in LAYOUTS}
+    if type(name) is not str or name not in known:
+        raise PickleError("it names a layout that no checkpoint has")
+    return known[name]
 
 
 def _encoded_bytes(text: str, encoding: str = "latin1") -> bytes:
     if encoding not in ("latin1", "latin-1"):
-        raise PickleError(f"bytes in the encoding {encoding!r}")
+        raise PickleError("it has bytes in an encoding that no checkpoint has")
     return text.encode("latin-1")
 
 

@@ -58,18 +58,23 @@ class Encoder(Protocol):
 
 Handler = Callable[[Encoder, Any], Plain]
 
+MAX_INT_BITS = 2000  # torch's reader takes integers of up to 255 bytes
+
 
 def plain_key(key: Any, depth: int = 0) -> Any:
     """The key as torch.load accepts it, equal to the original and with the same hash."""
     if key is None or type(key) in (bool, float):
         return key
     if isinstance(key, (str, int, float)):
-        return _plain_number_or_text(key)
+        plain = _plain_number_or_text(key)
+        if type(plain) is int and plain.bit_length() >= MAX_INT_BITS:
+            raise Unstorable(f"a whole number of {plain.bit_length()} bits cannot be stored as a key")
+        return plain
     if isinstance(key, tuple) and depth < 20:
         return tuple(plain_key(part, depth + 1) for part in key)
-    item = getattr(key, "item", None)
-    if type(key).__module__ == "numpy" and item is not None and isinstance(item(), (bool, int, float)):
-        return item()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(key, numpy.generic) and type(key.item()) in (bool, int, float):
+        return key.item()
     raise Unstorable(f"a key of type {exact.type_name(type(key))} cannot be stored")
 
 
@@ -90,7 +95,7 @@ def _typed(word: str, spec: Spec | None = None, **more: Any) -> Spec:
 
 
 def _int(encoder: Encoder, obj: int) -> Plain:
-    if obj.bit_length() < 2000:  # torch's reader takes integers of up to 255 bytes
+    if obj.bit_length() < MAX_INT_BITS:
         return obj, None
     return hex(obj), _typed("int")
 
@@ -114,16 +119,18 @@ def _path(encoder: Encoder, obj: pathlib.PurePath) -> Plain:
     return str(obj), _typed("path") if isinstance(obj, pathlib.Path) else _typed("path", {"class": name})
 
 
-def _datetime(encoder: Encoder, obj: datetime.datetime) -> Plain:
-    return obj.isoformat(), _typed("datetime")
+def _iso(word: str) -> Handler:
+    def handler(encoder: Encoder, obj: Any) -> Plain:
+        text = str.__str__(obj.isoformat())
+        spec = _typed(word, fold=1) if getattr(obj, "fold", 0) else _typed(word)
+        # A subclass may write what the base cannot read: pandas has nanoseconds, and "NaT".
+        back = exact.restore(text, spec)
+        return text, spec if back is not text and back.isoformat() == text else None
+
+    return handler
 
 
-def _date(encoder: Encoder, obj: datetime.date) -> Plain:
-    return obj.isoformat(), _typed("date")
-
-
-def _time(encoder: Encoder, obj: datetime.time) -> Plain:
-    return obj.isoformat(), _typed("time")
+_datetime, _date, _time = _iso("datetime"), _iso("date"), _iso("time")
 
 
 def _timedelta(encoder: Encoder, obj: datetime.timedelta) -> Plain:
@@ -131,7 +138,9 @@ def _timedelta(encoder: Encoder, obj: datetime.timedelta) -> Plain:
 
 
 def _timezone(encoder: Encoder, obj: datetime.timezone) -> Plain:
-    return obj.utcoffset(None).total_seconds(), _typed("timezone")
+    offset, name = obj.utcoffset(None), obj.tzname(None)
+    named: Spec = {} if name == datetime.timezone(offset).tzname(None) else {"name": name}
+    return offset.total_seconds(), _typed("timezone", **named)
 
 
 def _uuid(encoder: Encoder, obj: uuid.UUID) -> Plain:
@@ -144,10 +153,6 @@ def _decimal(encoder: Encoder, obj: decimal.Decimal) -> Plain:
 
 def _fraction(encoder: Encoder, obj: fractions.Fraction) -> Plain:
     return str(obj), _typed("fraction")
-
-
-def _range(encoder: Encoder, obj: range) -> Plain:
-    return (obj.start, obj.stop, obj.step), _typed("range")
 
 
 def _torch_constant(encoder: Encoder, obj: Any) -> Plain:
@@ -231,11 +236,12 @@ def _ndarray(encoder: Encoder, obj: Any) -> Plain:
 
 def _numpy_scalar(encoder: Encoder, obj: Any) -> Plain:
     text = exact.numpy_dtype_text(obj.dtype)
-    plain = str(obj) if obj.dtype.kind in "mM" else obj.item()
+    counted = {"i8": obj.view("i8").item()} if obj.dtype.kind in "mM" else {}
+    plain = str(obj) if counted else obj.item()
     if text is None or type(plain) not in (bool, int, float, complex, str, bytes):
         raise Unstorable(f"a NumPy scalar of dtype {obj.dtype} cannot be stored")
     plain, _ = encoder.value(plain)
-    return plain, _typed("numpy_scalar", dtype=text)
+    return plain, _typed("numpy_scalar", dtype=text, **counted)
 
 
 # --- containers -------------------------------------------------------------------------------------------
@@ -299,9 +305,12 @@ def _namedtuple(encoder: Encoder, obj: Any) -> Plain:
     return plain, _typed("namedtuple", spec, **{"class": exact.type_name(type(obj))})
 
 
-def _slice(encoder: Encoder, obj: slice) -> Plain:
-    plain, spec = _tuple(encoder, (obj.start, obj.stop, obj.step))
-    return plain, _typed("slice", spec)
+def _bounds(word: str) -> Handler:
+    def handler(encoder: Encoder, obj: Any) -> Plain:
+        plain, spec = _tuple(encoder, (obj.start, obj.stop, obj.step))
+        return plain, _typed(word, spec)
+
+    return handler
 
 
 def _deque(encoder: Encoder, obj: collections.deque[Any]) -> Plain:
@@ -366,8 +375,8 @@ HANDLERS: dict[type, Handler] = {
     tuple: _tuple,
     set: _set,
     frozenset: _set,
-    slice: _slice,
-    range: _range,
+    slice: _bounds("slice"),
+    range: _bounds("range"),
     torch.Tensor: encode_tensor,
     torch.nn.Parameter: encode_tensor,
     torch.Generator: _generator,
@@ -411,7 +420,7 @@ _BY_BASE: list[tuple[Any, Handler]] = [
 # These go into no container, so they need no guard against loops and depth.
 LEAVES: set[Handler] = {
     encode_tensor, _int, _number_or_text, _bytes, _bytearray, _path, _datetime, _date, _time, _timedelta,
-    _timezone, _uuid, _decimal, _fraction, _range, _torch_constant, _generator, _numpy_scalar, _unstorable,
+    _timezone, _uuid, _decimal, _fraction, _torch_constant, _generator, _numpy_scalar, _unstorable,
     _enum,
 }  # fmt: skip
 

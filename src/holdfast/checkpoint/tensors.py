@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from holdfast.errors import CheckpointIncompatible
 
 CHUNK_BYTES = 4 << 20
 
@@ -268,13 +271,30 @@ def _dense_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def mover(map_location: Any) -> Callable[[torch.UntypedStorage, str], torch.UntypedStorage] | None:
-    """What puts a loaded storage where ``map_location`` says (as in `torch.load`); None leaves it be."""
+Mover = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
+
+
+def mover(map_location: Any, name: str) -> Mover | None:
+    """What puts a loaded storage where ``map_location`` says (as in `torch.load`); None leaves it be.
+
+    What it returns raises `CheckpointIncompatible` where a storage of the file ``name`` cannot go there.
+    """
     if isinstance(map_location, (str, torch.device)) and torch.device(map_location) == torch.device("cpu"):
         return None
     get_restore: Any = torch.serialization._get_restore_location
-    restore: Callable[[torch.UntypedStorage, str], torch.UntypedStorage] = get_restore(map_location)
-    return restore
+    restore: Mover = get_restore(map_location)
+
+    def move(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        try:
+            return restore(storage, location)
+        except Exception as error:
+            raise CheckpointIncompatible(
+                f"The tensors of {os.path.basename(name)} were saved on {location[:40]} and cannot be loaded "
+                f'with map_location={map_location!r}: {error}\nTo load them anywhere: map_location="cpu".',
+                path=name,
+            ) from error
+
+    return move
 
 
 def new_storage(length: int, device: str = "cpu") -> torch.UntypedStorage:
