@@ -120,6 +120,7 @@ ON_BOTH: dict[str, Any] = {"on_step": True, "on_epoch": True}
 ON_BAR: dict[str, Any] = {"prog_bar": True}
 
 CONTENDERS: dict[str, Contender] = {
+    "control": lambda work, tick, root: train_raw(work, tick, own_dataset=False),
     "accelerate": lambda work, tick, root: train_accelerate(work, tick),
     "lightning-bare": module_contender("lightning"),
     "lightning-log": module_contender("lightning", ON_STEP),
@@ -188,14 +189,19 @@ def run_once(name: str, arguments: argparse.Namespace) -> Pair:
     blocks, warmup_blocks = arguments.blocks, arguments.warmup_blocks
     work = Workload((blocks + warmup_blocks) * BLOCK_STEPS + 1, arguments.hidden, arguments.optimizer)
 
+    # The number of threads is a setting of each thread's own.
+    def contender(tick: Tick) -> None:
+        torch.set_num_threads(arguments.threads)
+        CONTENDERS[name](work, tick, root)
+
     def raw(tick: Tick) -> None:
-        torch.set_num_threads(arguments.threads)  # a setting of each thread's own
+        torch.set_num_threads(arguments.threads)
         train_raw(work, tick, has_own_dataset(name))
 
     torch.manual_seed(0)
     gc.collect()
     with tempfile.TemporaryDirectory() as root, quiet_terminal():
-        return race(lambda tick: CONTENDERS[name](work, tick, root), raw, BLOCK_STEPS, warmup_blocks, blocks)
+        return race(contender, raw, BLOCK_STEPS, warmup_blocks, blocks)
 
 
 def measure(names: list[str], arguments: argparse.Namespace) -> dict[str, list[Pair]]:
