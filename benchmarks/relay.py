@@ -78,8 +78,8 @@ def race(
     """Run two loops that take turns, each in a new thread, never both at a time.
 
     Both get new threads, since the main one allocates from a heap that every import has left its marks on:
-    the same loop was seen to be 6% slower there. Each gets its `tick`, and has to train one batch more than it
-    is timed for.
+    the same loop was seen to be 6% slower there. Each gets its `tick`, and has to train one batch more than
+    it is timed for.
     """
     one = Runner(block_steps, warmup_blocks, blocks, goes_first=True)
     two = Runner(block_steps, warmup_blocks, blocks, goes_first=False)
