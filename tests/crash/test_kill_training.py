@@ -131,6 +131,22 @@ def test_twenty_kills_lose_nothing(tmp_path: Path, reference: Path, other_file_s
     assert_same_end(reference, root)
 
 
+def test_killed_in_its_first_save_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no checkpoint to go on from, so the next start writes elsewhere, and tidies up all the same."""
+    root = tmp_path / "run"
+    root.mkdir()
+    monkeypatch.setenv("HOLDFAST_CRASH_AT", "synced")
+    said = start(root, None)
+    assert said.last_step == SAVE_EVERY_N_STEPS and checkpoints(root) == []
+    assert len(list(root.rglob("*.tmp"))) == 1
+    monkeypatch.delenv("HOLDFAST_CRASH_AT")
+    said = start(root, None, (1, 0.0))
+    assert said.resumed_from is None
+    assert list(root.rglob("*.tmp")) == []
+
+
 def assert_start_goes_on(said: Start, had_checkpoint: bool, last_step: int) -> None:
     """It resumed if there was anything to resume from, said from where, and lost one interval at most."""
     assert (said.resumed_from is not None) == had_checkpoint

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from holdfast.checkpoint import catalog
+from holdfast.checkpoint import catalog, commit
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.migrate import upgrade
 from holdfast.errors import CheckpointError, CheckpointNotFound, ConfigError
@@ -108,7 +108,16 @@ def _best(trainer: Trainer) -> str:
     return str(path)
 
 
+def _tidy_up(trainer: Trainer) -> None:
+    """Remove what a killed process had half written, also in versions that this run will not write to."""
+    for directory in run_directories(trainer):
+        for place, _, _ in os.walk(directory):
+            commit.remove_stray_temp_files(place)
+
+
 def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
+    if for_fit:
+        _tidy_up(trainer)
     candidates = [entry for entry in _candidates(trainer) if entry.kind != "weights" or not for_fit]
     if not candidates:
         rank_zero_info(f'ckpt_path="auto": no checkpoint in {_listed(trainer)} yet; starting from scratch')
