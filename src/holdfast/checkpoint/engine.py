@@ -84,7 +84,8 @@ class CheckpointEngine:
         On return: the payload may be changed; nothing that happens to it now is in the file.
 
         Raises:
-            StorageError: the disk refused; what was under the names before is still there.
+            StorageError: the disk refused. Until the new file is whole, all names are as they were; if giving
+                it a further name fails, ``path`` has it already.
             ConfigError: the summary is not plain values.
         """
         with pickling.uncollected():
