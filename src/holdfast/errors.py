@@ -26,6 +26,10 @@ class ConfigError(HoldfastError, ValueError):
     """An argument, hook or combination of them that cannot work; raised before anything is trained."""
 
 
+class ArgumentError(ConfigError, TypeError):
+    """An argument that there is not, or of a type that it cannot have; the message names the fix."""
+
+
 class CheckpointError(HoldfastError):
     """A checkpoint could not be read or does not fit."""
 

@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("holdfast")
 
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+
 
 class _StderrHandler(logging.Handler):
     """Writes to whatever ``sys.stderr`` is at that moment, so that a live progress bar can redirect it."""
@@ -68,14 +70,31 @@ def rank_zero_info(message: str) -> None:
 
 
 @rank_zero_only
-def rank_zero_warn(message: str, category: type[Warning] = UserWarning, stacklevel: int = 4) -> None:
-    """Warn once on rank 0, pointing at the caller's line."""
-    warnings.warn(message, category, stacklevel=stacklevel)
+def rank_zero_warn(
+    message: str, category: type[Warning] = UserWarning, stacklevel: int | None = None
+) -> None:
+    """Warn on rank 0.
+
+    Args:
+        message: What is to be said.
+        category: The kind of warning.
+        stacklevel: As `warnings.warn` takes it, from here; None points at the line outside of holdfast that
+            led here.
+    """
+    warnings.warn(message, category, stacklevel=_outside() if stacklevel is None else stacklevel)
 
 
-def rank_zero_deprecation(message: str, stacklevel: int = 5) -> None:
+def rank_zero_deprecation(message: str, stacklevel: int | None = None) -> None:
     """Warn on rank 0 that a spelling is old; the message names today's form."""
     rank_zero_warn(message, category=DeprecationWarning, stacklevel=stacklevel)
+
+
+def _outside() -> int:
+    """The stack level, seen from the caller, of the first frame that is not holdfast's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 _said: set[Any] = set()
@@ -85,4 +104,4 @@ def warn_once(key: Any, message: str, category: type[Warning] = UserWarning) -> 
     """Warn on rank 0 the first time that ``key`` is seen in this process."""
     if key not in _said:
         _said.add(key)
-        rank_zero_warn(message, category, stacklevel=5)
+        rank_zero_warn(message, category)
