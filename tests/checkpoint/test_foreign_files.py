@@ -117,16 +117,55 @@ def test_lightnings_attribute_dict_is_a_dict(tmp_path: Path, monkeypatch: pytest
     assert type(back) is dict and back == {"lr": 0.1, "more": {"a": [1]}} and type(back["more"]) is dict
 
 
-def test_the_old_format_goes_through_torchs_own_safe_reader(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(3)}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
-    assert load(tmp_path / "a.ckpt")["w"].tolist() == [1, 1, 1]
-    torch.save({"w": Custom()}, tmp_path / "b.ckpt", _use_new_zipfile_serialization=False)
-    with pytest.raises(
-        CheckpointUnsafe, match="b.ckpt is in torch's old format and asks for more than tensors"
-    ):
-        load(tmp_path / "b.ckpt")
-    data = (tmp_path / "a.ckpt").read_bytes()
-    (tmp_path / "a.ckpt").write_bytes(data[: len(data) // 2])
+def test_the_old_format_is_read_by_the_same_rules(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    shared = torch.arange(6.0)
+    payload = {
+        "w": shared[2:].view(2, 2),
+        "all": shared,
+        "half": torch.ones(3, dtype=torch.float16),
+        "x": Custom(),
+    }
+    torch.save(payload, path, _use_new_zipfile_serialization=False)
+    back = load(path)
+    assert back["w"].tolist() == [[2, 3], [4, 5]] and back["half"].tolist() == [1, 1, 1]
+    assert back["w"].untyped_storage().data_ptr() == back["all"].untyped_storage().data_ptr()
+    assert back["x"].qualified_name.endswith(".Custom")
+    torch.save({"e": torch.empty(0), "n": [1]}, path, _use_new_zipfile_serialization=False)
+    assert (load(path)["e"].shape, load(path)["n"]) == ((0,), [1])
+
+
+def test_the_old_format_cut_short_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"w": torch.ones(300), "v": [1, "x"]}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointIncomplete):
+            load(path)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointIncomplete) as caught:
+        load(path)
+    assert str(caught.value) == (
+        "a.ckpt, in torch's old format, is not a whole checkpoint: it ends within its tensors."
+    )
+
+
+def test_the_old_format_from_a_big_endian_machine(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"w": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89"))
+    with pytest.raises(CheckpointIncompatible) as caught:
+        load(path)
+    assert str(caught.value) == "a.ckpt was written on a big-endian machine."
+
+
+@pytest.mark.parametrize("name", ["memo", "bytes", "frame", "long", "string", "number", "set function"])
+def test_the_old_format_that_asks_for_absurd_things(name: str, tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "a.ckpt").read_bytes()
+    at = whole.rindex(pickle.dumps({}, 2))
+    (tmp_path / "a.ckpt").write_bytes(whole[:at] + BOMBS[name] + whole[at + len(pickle.dumps({}, 2)) :])
     with pytest.raises(CheckpointError):
         load(tmp_path / "a.ckpt")
 

@@ -167,6 +167,17 @@ class TestWeGoOnFromLightnings:
         assert (trainer.current_epoch, trainer.global_step) == (3, 3 * BATCHES)
         assert same_weights(whole, module)
 
+    def test_after_its_fit(self, scheduler: str, tmp_path: Path) -> None:
+        shorter = make_trainer(lightning, tmp_path / "first", max_epochs=2, enable_checkpointing=False)
+        shorter.fit(make_module(lightning, scheduler=scheduler))
+        shorter.save_checkpoint(tmp_path / "done.ckpt")
+        whole = make_module(lightning, scheduler=scheduler)
+        make_trainer(lightning, tmp_path / "whole", enable_checkpointing=False).fit(whole)
+        module, trainer, start = self.resume(tmp_path / "done.ckpt", tmp_path / "on", scheduler)
+        assert start.place == (2, 0)
+        assert (trainer.current_epoch, trainer.global_step) == (3, 3 * BATCHES)
+        assert same_weights(whole, module)
+
     @pytest.mark.parametrize("step", [3, 12])
     def test_in_the_middle_of_an_epoch(self, step: int, scheduler: str, tmp_path: Path) -> None:
         whole = make_module(lightning, scheduler=scheduler)

@@ -87,11 +87,18 @@ def read_summary(path: str | os.PathLike[str]) -> Summary:
         raise commit.storage_error(name, "read", error) from error
 
 
-def scan(directory: str | os.PathLike[str], recursive: bool = False) -> list[Entry]:
+def scan(
+    directory: str | os.PathLike[str], recursive: bool = False, suffix: str | tuple[str, ...] = SUFFIX
+) -> list[Entry]:
     """List the checkpoints in a directory, newest first, broken and foreign ones included.
 
     Every name counts, so two names of one file are two entries (``os.path.samefile`` tells). Temporary files
     are not listed.
+
+    Args:
+        directory: where to look.
+        recursive: look into the directories below it too.
+        suffix: how the names of checkpoints end; one or several.
 
     Raises:
         CheckpointNotFound: if there is no such directory.
@@ -107,7 +114,7 @@ def scan(directory: str | os.PathLike[str], recursive: bool = False) -> list[Ent
                 for item in items:
                     if recursive and item.is_dir(follow_symlinks=False):
                         pending.append(item.path)
-                    elif _is_candidate(item):
+                    elif _is_candidate(item, suffix):
                         found.append(entry(item.path))
         except FileNotFoundError as error:
             if at == top:
@@ -118,8 +125,8 @@ def scan(directory: str | os.PathLike[str], recursive: bool = False) -> list[Ent
     return found
 
 
-def _is_candidate(item: os.DirEntry[str]) -> bool:
-    if not item.name.endswith(SUFFIX) or commit.is_temporary(item.name):
+def _is_candidate(item: os.DirEntry[str], suffix: str | tuple[str, ...]) -> bool:
+    if not item.name.endswith(suffix) or commit.is_temporary(item.name):
         return False
     return not os.path.isdir(
         item.path

@@ -7,16 +7,16 @@ outside the allowlist becomes an inert `Opaque` object, which remembers its name
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from holdfast.checkpoint import container, pickling
+from holdfast.checkpoint import container, foreign_legacy, pickling
 from holdfast.checkpoint.checksum import crc32
 from holdfast.checkpoint.foreign_types import KNOWN, Opaque, opaque_class, settle
-from holdfast.checkpoint.tensors import memory, mover, new_storage
+from holdfast.checkpoint.reachable import Outline, reachable
+from holdfast.checkpoint.tensors import Mover, memory, new_storage
 from holdfast.errors import (
     CheckpointCorrupt,
     CheckpointError,
@@ -25,49 +25,36 @@ from holdfast.errors import (
     CheckpointUnsafe,
 )
 
-_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
-
-def load(name: str, fd: int, map_location: Any, skip: frozenset[str], verify: bool) -> Any:
+def load(name: str, fd: int, move: Mover | None, skip: frozenset[str], verify: bool) -> Any:
     """Read a file of torch.save or PyTorch Lightning; checksums are compared where the file has them.
 
     Raises:
         CheckpointError: one of those that `load.load` names.
     """
+    short = os.path.basename(name)
     head = os.pread(fd, 16, 0)
-    if container.is_zip(fd):
-        value = _load_zip(name, fd, map_location, verify)
-    elif head.startswith(_LEGACY_START[:12]):
-        value = _load_legacy(name, map_location)
-    else:
-        found = "is empty" if not head else f"begins with {head!r}"
-        raise CheckpointIncomplete(f"{os.path.basename(name)} is not a checkpoint: it {found}.", path=name)
+    try:
+        if container.is_zip(fd):
+            value = _load_zip(name, fd, move, skip, verify)
+        elif foreign_legacy.begins(head):
+            value = _load_legacy(name, fd, move, skip)
+        else:
+            found = "is empty" if not head else f"begins with {head!r}"
+            raise CheckpointIncomplete(f"{short} is not a checkpoint: it {found}.", path=name)
+    except (CheckpointError, OSError, Warning):
+        raise
+    except (pickling.PickleError, RecursionError, MemoryError) as error:
+        raise CheckpointUnsafe(f"{short} cannot be read: {error}.", path=name) from error
+    except Exception as error:
+        raise CheckpointCorrupt(f"{short} cannot be read: {error!r}.", path=name) from error
     if isinstance(value, dict):
         for key in skip:
             value.pop(key, None)
     return value
 
 
-def _load_legacy(name: str, map_location: Any) -> Any:
-    short = os.path.basename(name)
-    try:
-        where: Any = mover(map_location, name) or "cpu"
-        return torch.load(name, map_location=where, weights_only=True)
-    except CheckpointIncompatible:
-        raise
-    except pickle.UnpicklingError as error:
-        lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line] or [str(error)]
-        raise CheckpointUnsafe(
-            f"{short} is in torch's old format and asks for more than tensors and plain values: {lines[0]}",
-            path=name,
-        ) from error
-    except Exception as error:  # torch raises whatever the damage happens to lead to
-        raise CheckpointCorrupt(
-            f"{short} is in torch's old format and cannot be read: {error}.", path=name
-        ) from error
-
-
-def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
+def _load_zip(name: str, fd: int, move: Mover | None, skip: frozenset[str], verify: bool) -> Any:
     short = os.path.basename(name)
     archive = _Archive(name, fd, verify)
     if "constants.pkl" in archive.records:
@@ -79,42 +66,90 @@ def _load_zip(name: str, fd: int, map_location: Any, verify: bool) -> Any:
     if "byteorder" in archive.records and archive.read("byteorder") != b"little":
         raise CheckpointIncompatible(f"{short} was written on a big-endian machine.", path=name)
     pickled = archive.read("data.pkl")
-    storages: dict[str, torch.UntypedStorage] = {}
-    move = mover(map_location, name)
+    pickling.scan(pickled)
+    wanted = _wanted(pickled, skip) if skip else None
+    return _build(pickled, archive, wanted, move)
+
+
+def _load_legacy(name: str, fd: int, move: Mover | None, skip: frozenset[str]) -> Any:
+    file = foreign_legacy.LegacyFile(name, fd)
+    sketch = _Sketch(file.pickled)
+    sketch.load()
+    file.locate(sketch.itemsizes)
+    wanted = _wanted(file.pickled, skip) if skip else None
+    return _build(file.pickled, file, wanted, move)
+
+
+class _Storages(Protocol):
+    """The storages of a file, by the keys that its pickle has for them."""
+
+    def length(self, key: str) -> int:
+        """Bytes of one."""
+
+    def storage(self, key: str) -> torch.UntypedStorage:
+        """Read one."""
+
+
+def _wanted(pickled: bytes, skip: frozenset[str]) -> set[str] | None:
+    try:
+        return reachable(pickled, skip, _Sketch)
+    except Exception:  # a file that can only be read whole: if it is bad, that will say so
+        return None
+
+
+def _build(pickled: bytes, storages: _Storages, wanted: set[str] | None, move: Mover | None) -> Any:
+    read: dict[str, torch.UntypedStorage] = {}
 
     def storage(key: str, location: str) -> torch.UntypedStorage:
-        if key not in storages:
-            read = archive.storage(f"data/{key}")
-            storages[key] = read if move is None else move(read, location)
-        return storages[key]
+        if key not in read:
+            if wanted is not None and key not in wanted:
+                read[key] = new_storage(storages.length(key), "meta")
+            else:
+                found = storages.storage(key)
+                read[key] = found if move is None else move(found, location)
+        return read[key]
 
-    try:
-        pickling.scan(pickled)
-        unpickler = _ForeignUnpickler(pickled, storage)
-        value = unpickler.load()
-        return settle(value) if unpickler.has_stubs else value
-    except (CheckpointError, OSError, Warning):
-        raise
-    except (pickling.PickleError, RecursionError, MemoryError) as error:
-        raise CheckpointUnsafe(f"{short} cannot be read: {error}.", path=name) from error
-    except Exception as error:
-        raise CheckpointCorrupt(f"{short} cannot be read: {error!r}.", path=name) from error
+    unpickler = _ForeignUnpickler(pickled, storage)
+    value = unpickler.load()
+    return settle(value) if unpickler.has_stubs else value
 
 
-class _ForeignUnpickler(pickling.SafeUnpickler):
-    def __init__(self, data: bytes, storage: pickling.StorageReader) -> None:
-        super().__init__(data, storage)
-        self.has_stubs = False
-        self._classes: dict[tuple[str, str], type[Opaque]] = {}
+class _Stubs(pickling.SafeUnpickler):
+    """Builds an inert object wherever a pickle names something that is not on the list."""
+
+    has_stubs = False
 
     def unknown_global(self, module: str, name: str) -> Any:
         self.has_stubs = True
         known = KNOWN.get((module, name))
         if known is not None:
             return known
-        if (module, name) not in self._classes:
-            self._classes[module, name] = opaque_class(module, name)
-        return self._classes[module, name]
+        classes: dict[tuple[str, str], type[Opaque]] = self.__dict__.setdefault("classes", {})
+        if (module, name) not in classes:
+            classes[module, name] = opaque_class(module, name)
+        return classes[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        # The old format has a sixth part, for views, which no torch has written since 0.4.
+        return super().persistent_load(pid[:5] if type(pid) is tuple and pid[5:] == (None,) else pid)
+
+
+class _ForeignUnpickler(_Stubs):
+    """Builds the payload."""
+
+
+class _Sketch(_Stubs, Outline):
+    """Builds the payload without a single tensor, and takes note of the sizes of their elements."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.itemsizes: dict[str, int] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        key = super().persistent_load(pid)
+        kind, name, _, _ = pickling.storage_id(pid[:5])
+        self.itemsizes[name] = kind.dtype.itemsize
+        return key
 
 
 class _Archive:
@@ -152,12 +187,17 @@ class _Archive:
         self._fill(inner, memoryview(buffer))
         return bytes(buffer)
 
-    def storage(self, inner: str) -> torch.UntypedStorage:
-        if inner not in self.records:
-            raise self._corrupt(f"it has no record {inner}")
-        length = self._length(inner)
+    def length(self, key: str) -> int:
+        """Bytes of the storage ``data/<key>``."""
+        if f"data/{key}" not in self.records:
+            raise self._corrupt(f"it has no record data/{key}")
+        return self._length(f"data/{key}")
+
+    def storage(self, key: str) -> torch.UntypedStorage:
+        """The storage ``data/<key>``, in memory of its own."""
+        length = self.length(key)
         storage = new_storage(length)
-        self._fill(inner, memory(storage.data_ptr(), length, writable=True))
+        self._fill(f"data/{key}", memory(storage.data_ptr(), length, writable=True))
         return storage
 
     def _length(self, inner: str) -> int:

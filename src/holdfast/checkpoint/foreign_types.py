@@ -9,6 +9,7 @@ import functools
 import pathlib
 from typing import Any
 
+from holdfast.checkpoint import foreign_config
 from holdfast.checkpoint.exact import NUMPY_DTYPE
 from holdfast.checkpoint.pickling import Call, PickleError
 
@@ -224,6 +225,9 @@ def _settled_stub(stub: Opaque, done: dict[int, Any], depth: int) -> Any:
         for key, member in [*pairs, *(item for item in stub.items if isinstance(item, tuple))]:
             plain[key] = _settle(member, done, depth + 1)
         return plain
+    if stub.qualified_name in foreign_config.CONTAINERS:
+        done[id(stub)] = made = foreign_config.settled(stub)
+        return made
     stub.args = tuple(_settle(arg, done, depth + 1) for arg in stub.args)
     stub.state = _settle(stub.state, done, depth + 1)
     stub.items = [_settle(item, done, depth + 1) for item in stub.items]

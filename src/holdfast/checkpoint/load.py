@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
-from holdfast.checkpoint import catalog, commit, container, foreign, integrity, payload, pickling
+from holdfast.checkpoint import commit, container, foreign, integrity, origin, payload, pickling
 from holdfast.checkpoint.integrity import Damage, Job, Manifest
+from holdfast.checkpoint.origin import Source
 from holdfast.checkpoint.reachable import reachable
-from holdfast.checkpoint.tensors import memory, mover, new_storage
+from holdfast.checkpoint.tensors import Mover, memory, mover, new_storage
 from holdfast.errors import (
     CheckpointCorrupt,
     CheckpointError,
     CheckpointIncompatible,
     CheckpointIncomplete,
-    CheckpointNotFound,
     CheckpointUnsafe,
+    HoldfastError,
 )
 
 
 def load(
-    path: str | os.PathLike[str],
+    source: Source,
     *,
     map_location: Any = "cpu",
     skip: Collection[str] = (),
@@ -38,8 +38,10 @@ def load(
     become inert `foreign.Opaque` objects.
 
     Args:
-        path: the file.
-        map_location: where tensors go, as `torch.load` takes it.
+        source: a path, a URL (``https://``, or any that fsspec knows) or a file opened with mode "rb", which
+            is read from where it stands. A URL is fetched whole before any of it is read.
+        map_location: where tensors go, as `torch.load` takes it; None means the device that each was saved
+            on where this machine has it, else the CPU.
         skip: top-level keys to leave out; tensors that only they hold are neither read nor checked.
         verify: False leaves the tensors' checksums uncompared; the structure is checked all the same.
 
@@ -50,18 +52,29 @@ def load(
         CheckpointIncompatible: the file was written by a newer holdfast, or ``map_location`` asks for a
             device that is not there.
         CheckpointUnsafe: the file asks for code or for absurd amounts of memory.
-        StorageError: the disk failed.
+        ConfigError: the source is none of these, such as a file opened in text mode.
+        StorageError: the disk or the connection failed.
     """
-    name = os.fspath(path)
+    where = mover(map_location, origin.title(source))
     try:
-        with _open(name) as file, pickling.uncollected():
-            tail = _own_tail(name, file.fileno())
-            if tail is None:
-                return foreign.load(name, file.fileno(), map_location, frozenset(skip), verify)
-            return _load_own(name, file.fileno(), tail, map_location, frozenset(skip), verify)
+        with origin.opened(source) as found, pickling.uncollected():
+            return _load(found, where, frozenset(skip), verify)
+    except OSError as error:
+        if isinstance(error, HoldfastError):
+            raise
+        raise commit.storage_error(origin.title(source), "read", error) from error
+
+
+def _load(found: origin.Origin, where: Mover | None, skip: frozenset[str], verify: bool) -> Any:
+    name, fd = found.name, found.file.fileno()
+    try:
+        tail = _own_tail(found, fd)
+        if tail is None:
+            return foreign.load(name, fd, where, skip, verify)
+        return _load_own(name, fd, tail, where, skip, verify)
     except Damage as damage:
         raise CheckpointCorrupt(
-            f"{os.path.basename(name)} is corrupt: {damage}.{newest(name)}", path=name
+            f"{os.path.basename(name)} is corrupt: {damage}.{_newest(found)}", path=name
         ) from None
     except pickling.UnsafeGlobal as unsafe:
         raise CheckpointUnsafe(
@@ -69,10 +82,6 @@ def load(
             "Nothing was run. Do not use this file unless you know who wrote it.",
             path=name,
         ) from None
-    except OSError as error:
-        if isinstance(error, CheckpointNotFound):
-            raise
-        raise commit.storage_error(name, "read", error) from error
 
 
 def is_holdfast(path: str | os.PathLike[str]) -> bool:
@@ -81,7 +90,7 @@ def is_holdfast(path: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointNotFound: there is no such file.
     """
-    with _open(os.fspath(path)) as file:
+    with origin.open_local(os.fspath(path)) as file:
         try:
             container.read_tail(file.fileno())
         except container.NotWhole as problem:
@@ -89,47 +98,18 @@ def is_holdfast(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _open(name: str) -> Any:
-    try:
-        if os.path.exists(name) and not os.path.isdir(name) and not os.path.isfile(name):
-            # Opening a pipe would wait for somebody to write to it.
-            raise CheckpointIncomplete(f"{name} is not a regular file, so not a checkpoint.", path=name)
-        return open(name, "rb", buffering=0)
-    except IsADirectoryError:
-        raise CheckpointIncomplete(f"{name} is a directory, not a checkpoint file.", path=name) from None
-    except FileNotFoundError:
-        directory, wanted = os.path.split(os.path.abspath(name))
-        if not os.path.isdir(directory):
-            hint = f"There is no directory {directory} either."
-        else:
-            there = sorted(entry for entry in os.listdir(directory) if not entry.startswith("."))
-            there = [entry for entry in there if entry.endswith(catalog.SUFFIX)] or there
-            near = difflib.get_close_matches(wanted, there, n=3, cutoff=0.3) or there[:3]
-            hint = "That directory has no checkpoints."
-            if near:
-                hint = f"The nearest names there: {', '.join(near)}."
-        raise CheckpointNotFound(f"There is no checkpoint {name}. {hint}", path=name) from None
+def _newest(found: origin.Origin) -> str:
+    return origin.newest_beside(found.name) if found.local else ""
 
 
-def newest(name: str) -> str:
-    """A line that names the newest whole checkpoint beside a file that is not, or nothing."""
-    directory = os.path.dirname(os.path.abspath(name))
-    try:
-        for entry in catalog.scan(directory):
-            if entry.whole and not entry.foreign and not os.path.samefile(entry.path, name):
-                return f"\nNewest whole checkpoint in {directory}: {os.path.basename(entry.path)}."
-    except (CheckpointError, OSError):  # this is for the message of an error that says more
-        pass
-    return ""
-
-
-def _own_tail(name: str, fd: int) -> container.Tail | None:
+def _own_tail(found: origin.Origin, fd: int) -> container.Tail | None:
+    name = found.name
     try:
         tail = container.read_tail(fd)
     except container.NotWhole as problem:
         if problem.ours or container.has_mark(fd):
             raise CheckpointIncomplete(
-                f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.{newest(name)}",
+                f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.{_newest(found)}",
                 path=name,
             ) from None
         return None
@@ -144,7 +124,7 @@ def _own_tail(name: str, fd: int) -> container.Tail | None:
 
 
 def _load_own(
-    name: str, fd: int, tail: container.Tail, map_location: Any, skip: frozenset[str], verify: bool
+    name: str, fd: int, tail: container.Tail, move: Mover | None, skip: frozenset[str], verify: bool
 ) -> Any:
     manifest = integrity.read_manifest(fd, tail)
     pickled = _read_pickle(fd, manifest, verify)
@@ -152,7 +132,6 @@ def _load_own(
         pickling.scan(pickled)
         wanted = reachable(pickled, skip) if skip else None
     storages = _read_rest(fd, manifest, wanted, verify)
-    move = mover(map_location, name)
     moved: set[str] = set()
 
     def storage(key: str, location: str) -> torch.UntypedStorage:

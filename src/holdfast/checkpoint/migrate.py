@@ -1,6 +1,7 @@
-"""Checkpoints of other makers and other times, brought to today's shape: a table of small functions.
+"""Checkpoints of other makers and other times, brought to today's shape.
 
-Each row names the change behind it. A file of ours passes through untouched.
+First through the eras of Lightning (`eras`), then from Lightning's position in a run to holdfast's. A file of
+ours passes through untouched.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from holdfast.checkpoint import eras
 from holdfast.errors import CheckpointIncompatible
 
 FORMAT_VERSION = 1
@@ -44,9 +46,12 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
                 f"{FORMAT_VERSION}. Upgrade holdfast."
             )
         return upgraded
-    for applies, change in _FROM_LIGHTNING:
+    for change in eras.CHANGES:
+        if change.applies(upgraded):
+            change.make(upgraded)
+    for applies, make in _TO_HOLDFAST:
         if applies(upgraded):
-            change(upgraded)
+            make(upgraded)
     return upgraded
 
 
@@ -72,7 +77,12 @@ def _position_from_loops(payload: dict[str, Any]) -> None:
     current = _inner(loop, "epoch_loop.batch_progress", "current")
     done = _count(current.get("processed"))
     epoch = _count(payload.get("epoch"))
-    if _count(_inner(loop, "epoch_progress", "current").get("processed")) > epoch:
+    epochs = _inner(loop, "epoch_progress", "current")
+    begun = _count(epochs.get("ready"))
+    if begun and begun == _count(epochs.get("completed")):
+        # Saved between two epochs, such as after fit: the batches that it counts are the last one's.
+        epoch, done, stage = begun, 0, "start"
+    elif _count(epochs.get("processed")) > epoch:
         stage = "end"
     elif done == 0:
         stage = "start"
@@ -104,7 +114,7 @@ def _lacks_position(payload: dict[str, Any]) -> bool:
 
 
 def _position_from_counters(payload: dict[str, Any]) -> None:
-    """Older files and plain torch's know epoch and step at most; the epoch counts as ended."""
+    """Plain torch's and other makers' files know epoch and step at most; the epoch counts as ended."""
     payload["holdfast"] = {
         "format_version": FORMAT_VERSION,
         "kind": "full" if "optimizer_states" in payload else "weights",
@@ -118,15 +128,6 @@ def _position_from_counters(payload: dict[str, Any]) -> None:
     }
 
 
-def _has_native_scaler(payload: dict[str, Any]) -> bool:
-    return "native_amp_scaling_state" in payload
-
-
-def _rename_scaler(payload: dict[str, Any]) -> None:
-    """Lightning < 1.6 kept the gradient scaler under a key of its own."""
-    payload.setdefault("MixedPrecision", payload.pop("native_amp_scaling_state"))
-
-
 def _lacks_lists(payload: dict[str, Any]) -> bool:
     return "optimizer_states" in payload and "lr_schedulers" not in payload
 
@@ -136,9 +137,28 @@ def _add_lists(payload: dict[str, Any]) -> None:
     payload["lr_schedulers"] = []
 
 
-_FROM_LIGHTNING: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], None]], ...] = (
-    (_has_native_scaler, _rename_scaler),
+def _ranks_one(state: Any) -> bool:
+    known = isinstance(state, Mapping) and "best_k_models" not in state
+    return known and bool(state.get("best_model_path")) and state.get("best_model_score") is not None
+
+
+def _lacks_rankings(payload: dict[str, Any]) -> bool:
+    return any(_ranks_one(state) for state in _inner(payload, "callbacks").values())
+
+
+def _add_rankings(payload: dict[str, Any]) -> None:
+    """Early states of ModelCheckpoint name the best model alone: then it is all that is ranked."""
+    payload["callbacks"] = {
+        key: {**state, "best_k_models": {state["best_model_path"]: state["best_model_score"]}}
+        if _ranks_one(state)
+        else state
+        for key, state in payload["callbacks"].items()
+    }
+
+
+_TO_HOLDFAST: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], None]], ...] = (
     (_lacks_lists, _add_lists),
+    (_lacks_rankings, _add_rankings),
     (_has_loops, _position_from_loops),
     (_lacks_position, _position_from_counters),
 )

@@ -89,8 +89,10 @@ _LINES = {ord("I"): 1, ord("L"): 1, ord("F"): 1, ord("S"): 1, ord("V"): 1, ord("
 _STOP = ord(".")
 
 
-def scan(data: bytes) -> None:
+def scan(data: bytes) -> int:
     """Check that a pickle is well formed and asks for no more memory than its own size warrants.
+
+    Returns where it ends.
 
     Every counted length lies inside the data; memo slots are bounded by the number of opcodes; extension
     codes, out-of-band buffers and text persistent ids, which no checkpoint has, are refused.
@@ -110,7 +112,7 @@ def scan(data: bytes) -> None:
             raise PickleError("it ends in the middle")
         code = data[at]
         if code == _STOP:
-            return
+            return at + 1
         counted = _COUNTED.get(code)
         if counted is not None:
             form, width = counted

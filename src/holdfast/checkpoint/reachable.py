@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import gc
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
+from holdfast.checkpoint.foreign_types import Opaque
 from holdfast.checkpoint.pickling import Call, SafeUnpickler, storage_id
 
 
@@ -34,8 +35,11 @@ class _Made:
 _MADE = Call(_Made)
 
 
-class _Outline(SafeUnpickler):
+class Outline(SafeUnpickler):
     """Builds the payload without a single tensor, from the pickle alone."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data, lambda key, location: torch.UntypedStorage())
 
     def find_class(self, module: str, name: str) -> Any:
         known = super().find_class(module, name)
@@ -45,16 +49,24 @@ class _Outline(SafeUnpickler):
         return _Key(storage_id(pid)[1])
 
 
-_HOLDERS = {dict, list, tuple, set, frozenset, collections.OrderedDict, collections.Counter, _Made}
+_HOLDERS = {
+    dict, list, tuple, set, frozenset, collections.OrderedDict, collections.Counter, collections.defaultdict,
+    collections.deque, _Made,
+}  # fmt: skip
 
 
-def reachable(data: bytes, skip: Collection[Any]) -> set[str]:
+def reachable(data: bytes, skip: Collection[Any], outline: Callable[[bytes], Outline] = Outline) -> set[str]:
     """The keys of the storages in all that a payload holds besides its top-level keys in ``skip``.
+
+    Args:
+        data: the pickle.
+        skip: top-level keys.
+        outline: what builds the outline, where a file has more than plain values and tensors.
 
     Raises:
         PickleError, UnsafeGlobal: as the `SafeUnpickler` does; others for a pickle that is malformed.
     """
-    tree = _Outline(data, lambda key, location: torch.UntypedStorage()).load()
+    tree = outline(data).load()
     top: list[Any] = [tree]
     if isinstance(tree, dict):
         top = [part for item in tree.items() if item[0] not in skip for part in item]
@@ -66,7 +78,7 @@ def reachable(data: bytes, skip: Collection[Any]) -> set[str]:
         kind = type(at)
         if kind is _Key:
             found.add(at)
-        elif kind in _HOLDERS and id(at) not in seen:
+        elif (kind in _HOLDERS or isinstance(at, Opaque)) and id(at) not in seen:
             seen.add(id(at))
             top += at.parts if kind is _Made else gc.get_referents(at)
     return found

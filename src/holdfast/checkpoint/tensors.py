@@ -275,18 +275,29 @@ Mover = Callable[[torch.UntypedStorage, str], torch.UntypedStorage]
 
 
 def mover(map_location: Any, name: str) -> Mover | None:
-    """What puts a loaded storage where ``map_location`` says (as in `torch.load`); None leaves it be.
+    """What puts a loaded storage where ``map_location`` says; None leaves it be.
+
+    It is what `torch.load` takes: a device, a mapping of devices or a function; but None means the device
+    that a storage was saved on where this machine has it, else the CPU.
 
     What it returns raises `CheckpointIncompatible` where a storage of the file ``name`` cannot go there.
     """
-    if isinstance(map_location, (str, torch.device)) and torch.device(map_location) == torch.device("cpu"):
-        return None
+    if isinstance(map_location, dict):
+        map_location = {_device_text(key): _device_text(value) for key, value in map_location.items()}
+    elif map_location is not None and not callable(map_location):
+        map_location = _device_text(map_location)
+        if map_location == "cpu":
+            return None
     get_restore: Any = torch.serialization._get_restore_location
-    restore: Mover = get_restore(map_location)
+    restore: Mover = get_restore(_saved_or_cpu if map_location is None else map_location)
 
     def move(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
         try:
-            return restore(storage, location)
+            moved = restore(storage, location)
+            if type(moved) is not torch.UntypedStorage or moved.nbytes() != storage.nbytes():
+                kind = type(moved).__name__
+                raise TypeError(f"it gave a {kind}, expected an UntypedStorage of that length, or None")
+            return moved
         except Exception as error:
             raise CheckpointIncompatible(
                 f"The tensors of {os.path.basename(name)} were saved on {location[:40]} and cannot be loaded "
@@ -295,6 +306,24 @@ def mover(map_location: Any, name: str) -> Mover | None:
             ) from error
 
     return move
+
+
+def _device_text(device: Any) -> str:
+    """``"cuda:1"`` for the device, its text or its number among the accelerators."""
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
+
+
+def _saved_or_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    """As `torch.load` calls it: None where torch should put the storage back on its device."""
+    kind, _, index = location.partition(":")
+    number = int(index) if index.isdigit() else 0
+    if kind == "cuda" and number < torch.cuda.device_count():
+        return None
+    if kind == "xpu" and number < torch.xpu.device_count():
+        return None
+    if kind == "mps" and torch.backends.mps.is_available():
+        return None
+    return storage
 
 
 def new_storage(length: int, device: str = "cpu") -> torch.UntypedStorage:
