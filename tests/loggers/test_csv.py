@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.errors import StorageError
+from holdfast.errors import ConfigError, StorageError
 from holdfast.loggers import CSVLogger
 from holdfast.utilities.rank_zero import rank_zero_only
 
@@ -38,10 +38,10 @@ def test_where_things_go(tmp_path: Path) -> None:
     assert logger.save_dir == str(tmp_path)
     assert logger.root_dir == str(tmp_path / "lightning_logs")
     assert logger.log_dir == str(tmp_path / "lightning_logs" / "version_0")
-    assert logger.experiment.metrics_file_path == str(
-        tmp_path / "lightning_logs" / "version_0" / "metrics.csv"
-    )
     assert os.listdir(tmp_path) == []
+    assert logger.experiment.metrics_file_path == os.path.join(logger.log_dir, "metrics.csv")
+    assert os.listdir(logger.log_dir) == []
+    assert CSVLogger(tmp_path).version == 1
 
 
 @pytest.mark.parametrize("name", [None, ""])
@@ -55,6 +55,7 @@ def test_the_next_free_version_is_taken_when_first_needed(tmp_path: Path) -> Non
     logger = CSVLogger(tmp_path, name="a")
     (tmp_path / "a" / "version_7").mkdir(parents=True)
     (tmp_path / "a" / "version_x").mkdir()
+    (tmp_path / "a" / "version_9").touch()
     assert logger.version == 8
 
 
@@ -161,6 +162,30 @@ def test_resuming_in_another_version_leaves_the_old_one_alone(tmp_path: Path) ->
     assert (first.version, second.version) == (0, 1)
     assert text(first) == "a,step\n1.0,0\n"
     assert text(second) == "a,step\n2.0,1\n"
+
+
+def test_a_version_that_was_moved_is_gone_on_in(tmp_path: Path) -> None:
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"a": 1.0}, step=0)
+    state = first.state_dict()
+    first.log_metrics({"a": 2.0}, step=1)
+    first.save()
+    os.rename(first.log_dir, tmp_path / "lightning_logs" / "version_7")
+    second = CSVLogger(tmp_path)
+    second.resume_in(7)
+    second.load_state_dict(state)
+    second.log_metrics({"a": 3.0}, step=1)
+    second.save()
+    assert text(second) == "a,step\n1.0,0\n3.0,1\n"
+
+
+def test_a_metric_that_is_several_numbers_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        CSVLogger(tmp_path).log_metrics({"bad": torch.ones(2)}, step=0)
+    assert str(raised.value) == (
+        "CSVLogger.log_metrics: 'bad' is a Tensor of shape (2,). A metric is one number: reduce it, "
+        "or log its elements under names of their own."
+    )
 
 
 def test_resume_in_a_version_without_a_state_appends(tmp_path: Path) -> None:

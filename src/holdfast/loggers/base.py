@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from holdfast.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from holdfast.callbacks.base import Checkpoint
 
+L = TypeVar("L")
+
 
 class Logger(ABC):
     """Takes metrics and hyperparameters of a run and keeps them somewhere.
 
-    Ranks: the trainer calls a logger on rank 0 only.
+    Derive from it to log to something else. ``name``, ``version``, ``log_metrics`` and ``log_hyperparams``
+    are all that is needed. Give it ``save_dir`` too, and default checkpoints go below it. With
+    ``state_dict``, ``load_state_dict`` and ``resume_in``, a run that was killed and resumed logs on where
+    its checkpoint stands; without them, what was logged between the checkpoint and the kill comes twice.
+
+    Ranks: the trainer calls a logger on rank 0. What user code may call on every rank is decorated with
+    `rank_zero_only`, and ``experiment`` with `rank_zero_experiment`.
     """
 
     @property
@@ -88,6 +99,17 @@ class Logger(ABC):
         """Go on in an existing ``version``; called before anything is written, if at all."""
 
 
+def rank_zero_experiment(fn: Callable[[L], Any]) -> Callable[[L], Any]:
+    """Make an ``experiment`` property's function run on rank 0 alone; other ranks get a `DummyExperiment`."""
+
+    @functools.wraps(fn)
+    def experiment(self: L) -> Any:
+        found = rank_zero_only(fn)(self)
+        return DummyExperiment() if found is None else found
+
+    return experiment
+
+
 class DummyExperiment:
     """Takes any call and any item, and does nothing."""
 
@@ -101,6 +123,10 @@ class DummyExperiment:
         return self
 
     def __setitem__(self, index: Any, value: Any) -> None: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        # Without this, Python would ask for item after item and never come to an end.
+        return iter(())
 
 
 class DummyLogger(Logger):

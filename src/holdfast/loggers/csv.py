@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from holdfast.checkpoint import commit
-from holdfast.loggers.base import Logger
+from holdfast.loggers.base import rank_zero_experiment
+from holdfast.loggers.hparams_file import NAME_HPARAMS_FILE, named, write_hparams
+from holdfast.loggers.versioned import VersionedLogger
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 
@@ -24,12 +26,12 @@ class ExperimentWriter:
     """The files of one version: ``metrics.csv`` and ``hparams.yaml``.
 
     Args:
-        log_dir: The directory of the version; made when the first file is written.
+        log_dir: The directory of the version; `CSVLogger.experiment` makes it.
         keep_rows: How many rows of a metrics file that is already there to go on from; the rest is cut
             off at the first write. None moves such a file aside instead, as ``metrics-v1.csv``.
     """
 
-    NAME_HPARAMS_FILE = "hparams.yaml"
+    NAME_HPARAMS_FILE = NAME_HPARAMS_FILE
     NAME_METRICS_FILE = "metrics.csv"
 
     def __init__(self, log_dir: str, keep_rows: int | None = None) -> None:
@@ -54,19 +56,16 @@ class ExperimentWriter:
         self._start()
         return self.rows_written + len(self.metrics)
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Add one row; ``step`` defaults to the number of rows not yet in the file."""
-        row = {name: _plain_number(value) for name, value in metrics.items()}
+    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
+        """Add one row of numbers; ``step`` defaults to the number of rows not yet in the file."""
+        row = {name: one.item() if hasattr(one, "item") else one for name, one in metrics_dict.items()}
         row["step"] = len(self.metrics) if step is None else step
         self.metrics.append(row)
 
     def log_hparams(self, params: Mapping[str, Any]) -> None:
         """Add to the hyperparameters and write ``hparams.yaml``."""
-        import yaml
-
         self.hparams.update(params)
-        text = yaml.safe_dump(_yaml_value(self.hparams), default_flow_style=False, allow_unicode=True)
-        _replace(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), text)
+        write_hparams(self.log_dir, self.hparams)
 
     def save(self) -> None:
         """Put every buffered row into the file, in one write."""
@@ -115,7 +114,7 @@ class ExperimentWriter:
         _replace(path, _csv_text(self.metrics_keys, rows, header=True))
 
 
-class CSVLogger(Logger):
+class CSVLogger(VersionedLogger):
     """Write metrics to ``<save_dir>/<name>/version_N/metrics.csv``, hyperparameters to ``hparams.yaml``.
 
     A row reaches the file within ``flush_logs_every_n_steps`` steps, at every checkpoint and at the end;
@@ -130,8 +129,6 @@ class CSVLogger(Logger):
         flush_logs_every_n_steps: Steps (or rows, whichever comes first) that may stay unwritten.
     """
 
-    LOGGER_JOIN_CHAR = "-"
-
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
@@ -140,57 +137,28 @@ class CSVLogger(Logger):
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,
     ) -> None:
-        self._save_dir = os.fspath(save_dir)
-        self._name = name or ""
-        self._version = version
-        self._prefix = prefix
+        super().__init__(save_dir, name, version, prefix)
         self._flush_logs_every_n_steps = flush_logs_every_n_steps
         self._flushed_step = -1
         self._experiment: ExperimentWriter | None = None
         self._keep_rows: int | None = None
+        self._resumed = False
 
     @property
-    def name(self) -> str:
-        """The experiment's name; "" when it has no directory of its own."""
-        return self._name
-
-    @property
-    def version(self) -> int | str:
-        """This run's version: given, resumed in, or the next free number."""
-        if self._version is None:
-            self._version = _next_version(self.root_dir)
-        return self._version
-
-    @property
-    def save_dir(self) -> str:
-        """The directory that was given."""
-        return self._save_dir
-
-    @property
-    def root_dir(self) -> str:
-        """``<save_dir>/<name>``: the directory of all versions."""
-        return os.path.join(self._save_dir, self._name) if self._name else self._save_dir
-
-    @property
-    def log_dir(self) -> str:
-        """``<save_dir>/<name>/version_N``, or ``.../<version>`` for a version that is a string."""
-        version = self.version
-        return os.path.join(self.root_dir, version if isinstance(version, str) else f"version_{version}")
-
-    @property
+    @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        """The writer behind this logger."""
+        """The writer behind this logger, with its directory made: so the next free version is another one."""
         if self._experiment is None:
+            commit.make_directories(os.path.abspath(self.log_dir))
             self._experiment = ExperimentWriter(self.log_dir, self._keep_rows)
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Add one row; 0-dim tensors and NumPy scalars become plain numbers."""
-        if self._prefix:
-            metrics = {f"{self._prefix}{self.LOGGER_JOIN_CHAR}{name}": v for name, v in metrics.items()}
+        """Add one row; tensors of one element and NumPy scalars become plain numbers."""
+        row = {name: self._number(name, value) for name, value in self._prefixed(metrics).items()}
         experiment = self.experiment
-        experiment.log_metrics(metrics, step)
+        experiment.log_metrics(row, step)
         waiting = experiment.metrics[-1]["step"] - self._flushed_step
         if max(waiting, len(experiment.metrics)) >= self._flush_logs_every_n_steps:
             self.save()
@@ -200,7 +168,7 @@ class CSVLogger(Logger):
         self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any
     ) -> None:
         """Write ``hparams.yaml``; values that YAML has no plain form for are written as strings."""
-        self.experiment.log_hparams(vars(params) if isinstance(params, Namespace) else params or {})
+        self.experiment.log_hparams(named(params))
 
     @rank_zero_only
     def save(self) -> None:
@@ -220,28 +188,19 @@ class CSVLogger(Logger):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the checkpoint's rows, if this is the version that they were written in."""
-        if (state_dict.get("name"), state_dict.get("version")) == (self.name, self.version):
+        # One that `resume_in` named is it, even if its directory was moved since.
+        if self._resumed or (state_dict.get("name"), state_dict.get("version")) == (self.name, self.version):
             self._keep_rows = int(state_dict["rows"])
             self._experiment = None
 
     def resume_in(self, version: int | str) -> None:
         """Go on in ``version``: append to its rows, unless ``load_state_dict`` says how many to keep."""
         self._version = version
+        self._resumed = True
         self._experiment = None
         if self._keep_rows is None and os.path.exists(self.experiment.metrics_file_path):
             self._keep_rows = len(_read_rows(self.experiment.metrics_file_path))
         self._experiment = None
-
-
-def _next_version(root_dir: str) -> int:
-    if not os.path.isdir(root_dir):
-        return 0
-    numbers = [
-        int(entry.name.removeprefix("version_"))
-        for entry in os.scandir(root_dir)
-        if entry.name.startswith("version_") and entry.name.removeprefix("version_").isdecimal()
-    ]
-    return max(numbers, default=-1) + 1
 
 
 def _free_name(path: str) -> str:
@@ -250,33 +209,6 @@ def _free_name(path: str) -> str:
     while os.path.exists(f"{stem}-v{number}{extension}"):
         number += 1
     return f"{stem}-v{number}{extension}"
-
-
-def _plain_number(value: Any) -> Any:
-    # Tensors and NumPy scalars alike, without importing either library.
-    return value.item() if hasattr(value, "item") else value
-
-
-_DEEPEST = 20
-
-
-def _yaml_value(value: Any, depth: int = 0) -> Any:
-    if getattr(value, "ndim", None) == 0:
-        value = _plain_number(value)
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Namespace):
-        value = vars(value)
-    if depth == _DEEPEST:
-        return f"<{type(value).__name__}>"  # deeper than anybody reads; it may hold itself
-    if isinstance(value, Mapping):
-        return {
-            key if type(key) in (bool, int, float, str) else str(key): _yaml_value(v, depth + 1)
-            for key, v in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [_yaml_value(item, depth + 1) for item in value]
-    return str(value)
 
 
 def _csv_text(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool) -> str:
