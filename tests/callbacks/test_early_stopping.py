@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from holdfast.callbacks import EarlyStopping, EarlyStoppingReason
 from holdfast.callbacks.early_stopping import judge
 from holdfast.errors import ConfigError
+from tests.callbacks.resumes import resume_everywhere
+from tests.training.toys import Toy, rows
 
 
 class Run:
@@ -29,6 +32,9 @@ class Run:
         self.state = SimpleNamespace(fn="fit")
         self.sanity_checking = False
         self.fast_dev_run = 0
+        self.global_step = 0
+        self.min_epochs: int | None = None
+        self.min_steps: int | None = None
         self.enable_validation = True
         self.val_check_interval: int | float = 1.0
         self.check_val_every_n_epoch = 1
@@ -88,7 +94,6 @@ thresholds = st.one_of(st.none(), st.sampled_from([0.5, 0.9, 1.1, 1.5]))
     divergence_threshold=thresholds,
 )
 def test_same_verdicts_as_lightning(values: list[float], **arguments: Any) -> None:
-    arguments["min_delta"] = abs(arguments["min_delta"])
     ours = Run(EarlyStopping("val", **arguments))
     theirs = LightningRun(lightnings()("val", **arguments))
     assert ours.until_it_stops(values) == theirs.until_it_stops(values)
@@ -127,6 +132,12 @@ def test_same_verdicts_as_lightning(values: list[float], **arguments: Any) -> No
             [1.0, 0.25],
             EarlyStoppingReason.DIVERGENCE_THRESHOLD,
             "val has diverged: 0.25 < 0.5.",
+        ),
+        (
+            {"min_delta": -0.1, "patience": 1},
+            [1.0, 1.05, 1.2],
+            EarlyStoppingReason.PATIENCE_EXHAUSTED,
+            "val did not improve once. The best was 1.05.",
         ),
         (
             {},
@@ -227,3 +238,40 @@ def test_a_verdict_improves_or_counts(current: float, best: float, wait_count: i
     assert verdict.improved == (current < best)
     assert verdict.wait_count == (0 if verdict.improved else wait_count + 1)
     assert verdict.stops == (not verdict.improved and wait_count + 1 >= patience)
+
+
+@pytest.mark.parametrize(
+    ("minimum", "held_by"), [({"min_epochs": 4}, "min_epochs=4"), ({"min_steps": 9}, "min_steps=9")]
+)
+def test_a_minimum_keeps_the_run_going_and_is_said_once(
+    capsys: pytest.CaptureFixture[str], minimum: dict[str, int], held_by: str
+) -> None:
+    run = Run(EarlyStopping("val", patience=1), **minimum)
+    for value in (1.0, 1.0, 1.0, 1.0):
+        run.epoch(val=value)
+        run.global_step += 3
+    assert run.should_stop
+    assert capsys.readouterr().err.splitlines() == [
+        f"val did not improve once. The best was 1. The run stops once {held_by} is reached.",
+        "stopping early: val did not improve 3 times in a row. The best was 1.",
+    ]
+
+
+class Falling(Toy):
+    """Its ``level`` falls for three epochs and then stands still."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("level", float(max(0, 3 - self.current_epoch)))
+
+
+def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path) -> None:
+    made: list[EarlyStopping] = []
+
+    def callbacks() -> list[Any]:
+        made.append(EarlyStopping("level", patience=2))
+        return [made[-1]]
+
+    runs = resume_everywhere(tmp_path, Falling, callbacks, lambda: rows(8, shuffle=True), max_epochs=9)
+    assert {run.current_epoch for run in runs} == {6}
+    assert len({repr(one.state_dict()) for one in made}) == 1
+    assert made[-1].stopped_epoch == 5

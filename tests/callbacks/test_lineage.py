@@ -73,6 +73,34 @@ def test_where_a_save_may_be_put(tmp_path: Path) -> None:
     assert not Claims(None, 6, frozenset()).allow(older)
 
 
+def test_where_the_state_that_an_exception_left_may_be_put(tmp_path: Path) -> None:
+    def left(name: str, step: int, run: str = "r") -> str:
+        path, extra = tmp_path / name, lineage.exception_extra("key", run=run)
+        CheckpointEngine().save({"step": step}, path, summary={"step": step, **extra})
+        return str(path)
+
+    good, before, ahead = save(tmp_path / "good.ckpt", 9, "r"), left("before.ckpt", 6), left("ahead.ckpt", 7)
+    others, free, reserved = (
+        left("others.ckpt", 3, "q"),
+        str(tmp_path / "free.ckpt"),
+        str(tmp_path / "new.ckpt"),
+    )
+    paths = (good, before, ahead, others, free, reserved)
+    claims = Claims("r", 6, frozenset(), frozenset({reserved}))
+    assert [claims.allow_on_exception(path) for path in paths] == [False, True, False, False, True, False]
+    # A good file of the run takes the place of what an exception left, and of its own future.
+    assert [claims.allow(path) for path in paths] == [True, True, False, False, True, False]
+    for kept in (
+        Claims("r", 6, frozenset(), protected=before),
+        Claims("r", 6, frozenset({before})),
+        Claims("r", 5, frozenset()),
+    ):
+        assert not kept.allow_on_exception(before)
+        assert not kept.allow(before)
+    # Nobody owns it: it is never ranked and never swept up.
+    assert lineage.describe(before) == Found(before, 6)
+
+
 def test_what_is_never_deleted(tmp_path: Path) -> None:
     inside = tmp_path / "in"
     outside = save(tmp_path / "out.ckpt", 3, "r")
@@ -100,6 +128,14 @@ def test_a_symlink_is_removed_and_not_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").symlink_to("target.ckpt")
     assert lineage.remove(str(tmp_path / "last.ckpt"), inside=str(tmp_path), protected=None)
     assert os.listdir(tmp_path) == [os.path.basename(target)]
+
+
+def test_a_plugin_deletes_what_it_wrote_a_directory_too(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    outside, gone = tmp_path.parent / "b.ckpt", []
+    for path in (tmp_path / "a.ckpt", outside):
+        lineage.remove(str(path), inside=str(tmp_path), protected=None, delete=gone.append)
+    assert gone == [str(tmp_path / "a.ckpt")]
 
 
 def test_a_file_that_will_not_go_is_said_and_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

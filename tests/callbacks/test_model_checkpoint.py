@@ -271,25 +271,6 @@ def test_nothing_is_saved_twice_at_one_step_or_without_need(tmp_path: Path) -> N
     assert files(tmp_path) == ["epoch=0-step=6.ckpt"]
 
 
-def test_an_exception_gets_a_name_of_its_own(tmp_path: Path) -> None:
-    callback = ModelCheckpoint(dirpath=tmp_path, save_on_exception=True, save_last=True)
-    trainer = FakeTrainer(str(tmp_path), callback)
-    trainer.start()
-    trainer.epoch(val_loss=1.0)
-    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
-    (tmp_path / "exception-epoch=1-step=8.ckpt").write_bytes(b"mine")
-    trainer.batches(2)
-    callback.on_exception(trainer, None, KeyboardInterrupt())  # type: ignore[arg-type]
-    trainer.safe_point()
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    assert set(files(tmp_path)) - set(before) == {
-        "exception-epoch=1-step=8.ckpt",
-        "exception-epoch=1-step=8-v1.ckpt",
-    }
-    assert callback.best_model_path == str(tmp_path / "epoch=0-step=6.ckpt")
-    assert callback.last_model_path == str(tmp_path / "last.ckpt")
-
-
 def test_a_save_that_fails_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The table of the model's parts."""
+"""The callbacks that print the table of the model's parts."""
 
 from __future__ import annotations
 
@@ -6,90 +6,115 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from holdfast.callbacks import ModelSummary
-from holdfast.callbacks.model_summary import format_count, plain_table, summarize
+from holdfast.callbacks.rich_model_summary import RichModelSummary
 from holdfast.errors import ConfigError
+from tests.callbacks.test_progress_bar import Terminal, screen_lines
+from tests.training.toys import Toy, rows, trainer
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(100, 400), nn.ReLU(), nn.Linear(400, 100))
-        self.head = nn.Linear(100, 10)
-        self.body[0].requires_grad_(False)
-        self.head.requires_grad_(False)
-        self.lazy = nn.LazyLinear(3)
-        self.loss = nn.MSELoss()
+        self.body = nn.Linear(100, 400)
+        self.head = nn.Linear(400, 10).requires_grad_(False)
 
 
-def test_the_table() -> None:
-    assert plain_table(summarize(Net())) == (
-        "name  type        parameters  state              size\n"
-        "body  Sequential      80.5 K  50% trainable    0.3 MB\n"
-        "head  Linear           1.0 K  frozen         0.004 MB\n"
-        "lazy  LazyLinear           0                   0.0 MB\n"
-        "loss  MSELoss              0                   0.0 MB\n"
-        "Net: 81.5 K parameters, 40.1 K trainable, 0.3 MB"
-    )
-
-
-def test_depth() -> None:
-    assert [row.name for row in summarize(Net(), 0)] == [""]
-    assert [row.name for row in summarize(Net(), 2)] == [
-        "body",
-        "body.0",
-        "body.1",
-        "body.2",
-        "head",
-        "lazy",
-        "loss",
-        "",
-    ]
-    assert summarize(Net(), -1) == summarize(Net(), 2)
-    assert plain_table(summarize(Net(), 0)) == "Net: 81.5 K parameters, 40.1 K trainable, 0.3 MB"
-
-
-def test_tied_parameters_count_once_in_all() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(10, 10, bias=False)
-            self.b = nn.Linear(10, 10, bias=False)
-            self.b.weight = self.a.weight
-
-    assert [row.parameters for row in summarize(Tied())] == [100, 100, 100]
-
-
-def test_counts() -> None:
-    counts = [0, 999, 1000, 1010, 99_940, 123_456, 1_234_567, 7_000_000_000, 2 * 10**12]
-    assert [format_count(count) for count in counts] == [
-        "0",
-        "999",
-        "1.0 K",
-        "1.0 K",
-        "99.9 K",
-        "123 K",
-        "1.2 M",
-        "7.0 B",
-        "2.0 T",
-    ]
+TOTAL = "Net: 44.4 K parameters, 40.4 K trainable, 177.6 kB"
 
 
 @pytest.mark.parametrize("rank_zero", [True, False])
 def test_it_is_printed_when_fit_starts_on_rank_0(capsys: pytest.CaptureFixture[str], rank_zero: bool) -> None:
-    trainer: Any = SimpleNamespace(is_global_zero=rank_zero)
+    run: Any = SimpleNamespace(is_global_zero=rank_zero)
     module: Any = Net()
-    ModelSummary(max_depth=0).on_fit_start(trainer, module)
+    ModelSummary(max_depth=0).on_fit_start(run, module)
     captured = capsys.readouterr()
-    expected = "Net: 81.5 K parameters, 40.1 K trainable, 0.3 MB\n" if rank_zero else ""
-    assert (captured.out, captured.err) == ("", expected)
+    assert (captured.out, captured.err) == ("", f"{TOTAL}\n" if rank_zero else "")
 
 
-def test_a_depth_that_means_nothing() -> None:
+@pytest.mark.parametrize(("width", "wide"), [(100, True), (44, False)])
+def test_on_a_terminal_rich_draws_it(monkeypatch: pytest.MonkeyPatch, width: int, wide: bool) -> None:
+    run: Any = SimpleNamespace(is_global_zero=True)
+    module: Any = Net()
+    terminal = Terminal(monkeypatch, width)
+    ModelSummary().on_fit_start(run, module)
+    lines = screen_lines(terminal.close().replace("\x1b[0m", ""))
+    if wide:
+        assert [line.split() for line in lines] == [
+            ["name", "type", "parameters", "state", "size"],
+            ["─" * 49],
+            ["body", "Linear", "40.4", "K", "trainable", "161.6", "kB"],
+            ["head", "Linear", "4.0", "K", "frozen", "16.0", "kB"],
+            TOTAL.split(),
+        ]
+    assert max(map(len, lines)) <= width
+    assert all(any(number in line for line in lines) for number in ("40.4 K", "4.0 K", "161.6 kB", "16.0 kB"))
+
+
+def test_rich_model_summary_needs_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    run: Any = SimpleNamespace(is_global_zero=True)
+    module: Any = Net()
+    RichModelSummary(max_depth=1, header_style="red").on_fit_start(run, module)
+    err = capsys.readouterr().err
+    assert "─────" in err
+    assert err.splitlines()[-1] == TOTAL
+
+
+def test_it_can_be_shown_in_another_way() -> None:
+    shown = []
+
+    class Mine(ModelSummary):
+        def show(self, summary: Any) -> None:
+            shown.append((summary.total_parameters, summary.layer_names))
+
+    run = trainer(callbacks=[Mine()], enable_model_summary=None, enable_checkpointing=False)
+    run.fit(Toy(), rows())
+    assert shown == [(4, ["layer"])]
+
+
+class Dropping(Toy):
+    """Whose training a forward pass that draws, counts or averages would shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 1))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        return self.layer(x) + torch.rand(1)
+
+    def loss(self, batch: Any) -> Any:
+        return self(batch[0]).square().mean()
+
+
+def test_sizes_cost_the_run_nothing() -> None:
+    ends, seen = [], []
+
+    class Mine(ModelSummary):
+        def show(self, summary: Any) -> None:
+            seen.append(summary.out_sizes)
+
+    for example in (None, torch.ones(5, 3)):
+        torch.manual_seed(0)
+        module = Dropping()
+        module.example_input_array = example
+        run = trainer(callbacks=[Mine()], enable_model_summary=None, enable_checkpointing=False, max_epochs=2)
+        run.fit(module, rows(12, shuffle=True))
+        ends.append({name: value.tolist() for name, value in module.state_dict().items()})
+    assert seen == [["?"], [[5, 1]]]
+    assert ends[0] == ends[1]
+    assert ends[0]["calls"] == [6.0]
+
+
+@pytest.mark.parametrize("kind", [ModelSummary, RichModelSummary])
+def test_a_depth_that_means_nothing(kind: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelSummary(max_depth=-2)
+        kind(max_depth=-2)
     assert str(caught.value) == (
-        "ModelSummary(max_depth=-2) means nothing: 1 lists the model's own parts, 0 none, -1 all levels."
+        f"{kind.__name__}(max_depth=-2) means nothing: 1 lists the model's own parts, 0 none, 2 their parts "
+        "too, -1 all levels."
     )

@@ -12,7 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.callbacks.naming import first_usable, format_checkpoint_name, nearest, template_keys
+from holdfast.callbacks.naming import (
+    check_template,
+    first_usable,
+    format_checkpoint_name,
+    nearest,
+    template_keys,
+)
 from holdfast.errors import ConfigError
 
 METRICS = {"epoch": 2, "step": 18, "val_loss": torch.tensor(0.3217), "val/x": 0.1}
@@ -80,6 +86,15 @@ def test_templates_that_cannot_work(template: str, message: str) -> None:
 
 def test_a_value_that_is_not_a_number_never_stops_a_save() -> None:
     assert format_checkpoint_name("{x:02d}-{y:.2f}", {"x": math.nan, "y": math.inf}) == "x=nan-y=inf"
+
+
+def test_a_format_that_fits_no_number_is_refused_before_there_is_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_template("{epoch:02d}-{val_loss:.2s}")
+    assert str(caught.value) == (
+        "The file name '{epoch:02d}-{val_loss:.2s}' wants 'val_loss' as '.2s', which fits no number."
+    )
+    check_template("{epoch:02d}-{val_loss:.2f}-{x:d}-{y:.1e}-{z}")
 
 
 def test_template_keys() -> None:

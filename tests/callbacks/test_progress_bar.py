@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import io
 import os
 import pty
 import re
+import struct
 import sys
+import termios
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +31,9 @@ class Run:
         self.state = SimpleNamespace(fn="fit")
         self.current_epoch = 0
         self.max_epochs: int | None = 2
+        self.max_steps = -1
+        self.global_step = 0
+        self.accumulate_grad_batches = 1
         self.batch_idx = 0
         self.num_training_batches: int | float = 4
         self.num_val_batches: list[int | float] = [3]
@@ -134,7 +140,7 @@ def test_test_and_predict_run_by_themselves(capsys: pytest.CaptureFixture[str]) 
     run.bar.on_predict_batch_end(run, None, None, None, 0)
     run.bar.on_predict_end(run, None)
     lines = untimed(capsys.readouterr().err)
-    assert lines[0] == "Test: 1/5"
+    assert lines[0] == "Testing: 1/5"
     assert [line.split()[1] for line in lines] == ["1/5", "2/5", "3/5", "4/5", "5/5", "1/2"]
 
 
@@ -176,6 +182,8 @@ def test_totals_and_descriptions() -> None:
     bar.reset_dataloader_idx_tracker()
     assert bar.total_test_batches_current_dataloader == 2
     assert bar.total_predict_batches_current_dataloader == 2
+    run.max_steps, run.global_step, run.accumulate_grad_batches = 5, 4, 2
+    assert bar.total_train_batches == 2
     run.sanity_checking = True
     assert bar.total_val_batches_current_dataloader == 2
     run.enable_validation = False
@@ -215,8 +223,9 @@ def test_texts() -> None:
 class Terminal:
     """A pseudo-terminal in the place of stderr and stdout, and everything that was written to it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, width: int = 120) -> None:
         self._leader, follower = pty.openpty()
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
         self._read: list[bytes] = []
         self._thread = threading.Thread(target=self._drain, daemon=True)
         self._thread.start()
@@ -224,7 +233,7 @@ class Terminal:
         monkeypatch.setattr(sys, "stderr", self.file)
         monkeypatch.setattr(sys, "stdout", self.file)
         monkeypatch.setenv("TERM", "xterm-256color")
-        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setenv("COLUMNS", str(width))
 
     def _drain(self) -> None:
         while True:

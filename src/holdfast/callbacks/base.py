@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
+
+from holdfast.utilities.types import STEP_OUTPUT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
 
     from holdfast.training.module import LightningModule
     from holdfast.training.trainer import Trainer
-
-STEP_OUTPUT = Union["Tensor", Mapping[str, Any], None]
 
 
 class Callback:
@@ -47,6 +46,14 @@ class Callback:
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called with the whole checkpoint before a run goes on from it."""
+
+    def on_restore_optimizers(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called when a run goes on from ``checkpoint``: the optimizers are made, their state is not loaded.
+
+        What was added to them while training, such as param groups, is added again here.
+        """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when any exception, a keyboard interrupt included, ends the run."""

@@ -67,7 +67,8 @@ def judge(
         wait_count: How many values in a row were no improvement.
         monitor: The value's name, for the message.
         mode: "min" or "max": which end is better.
-        min_delta: By how much (0 or more) a value has to be better to be an improvement.
+        min_delta: By how much a value has to be better to be an improvement; below 0, by how much it may be
+            worse.
         patience: How many values in a row may be no improvement.
         check_finite: Stop at NaN and infinities.
         stopping_threshold: Stop once the value is better than this.
@@ -88,6 +89,8 @@ def judge(
     if better(current + min_delta if mode == "min" else current - min_delta, best):
         gain = "" if math.isinf(record) else f" by {abs(value - record):.4g}"
         text = f"{monitor} improved{gain} to {value:.4g}."
+        if not better(current, best):
+            text = f"{monitor} went from {record:.4g} to {value:.4g}, which min_delta={min_delta} lets pass."
         return Verdict(EarlyStoppingReason.NOT_STOPPED, text, True, 0)
     wait_count += 1
     if wait_count >= patience:
@@ -106,7 +109,8 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: The logged name to go by.
-        min_delta: By how much a value has to be better to be an improvement; the sign is ignored.
+        min_delta: By how much a value has to be better to be an improvement; below 0, by how much it may be
+            worse.
         patience: How many judgements in a row may bring no improvement.
         verbose: Say every improvement.
         mode: "min" or "max": which end is better.
@@ -143,7 +147,7 @@ class EarlyStopping(Callback):
         if mode not in self.mode_dict:
             raise ConfigError(f"EarlyStopping(mode={mode!r}) must be 'min' or 'max'.")
         self.monitor = monitor
-        self.min_delta = abs(min_delta) if mode == "max" else -abs(min_delta)
+        self.min_delta = min_delta if mode == "max" else -min_delta
         self.patience = patience
         self.verbose = verbose
         self.mode = mode
@@ -191,11 +195,11 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned, ``patience`` included."""
-        self.wait_count = int(state_dict["wait_count"])
-        self.stopped_epoch = int(state_dict["stopped_epoch"])
-        self.best_score = torch.as_tensor(state_dict["best_score"]).detach().clone()
-        self.patience = int(state_dict["patience"])
+        """Take back what `state_dict` returned, ``patience`` included; old files lack some of it."""
+        self.wait_count = int(state_dict.get("wait_count", 0))
+        self.stopped_epoch = int(state_dict.get("stopped_epoch", 0))
+        self.best_score = torch.as_tensor(state_dict.get("best_score", self.best_score)).detach().clone()
+        self.patience = int(state_dict.get("patience", self.patience))
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
 
@@ -219,7 +223,7 @@ class EarlyStopping(Callback):
             self.wait_count,
             monitor=self.monitor,
             mode=self.mode,
-            min_delta=abs(self.min_delta),
+            min_delta=self.min_delta if self.mode == "max" else -self.min_delta,
             patience=self.patience,
             check_finite=self.check_finite,
             stopping_threshold=self.stopping_threshold,
@@ -231,11 +235,15 @@ class EarlyStopping(Callback):
             if self.verbose:
                 rank_zero_info(verdict.message)
         if trainer.strategy.reduce_boolean_decision(verdict.stops, all=False):
+            held_by = _held_by(trainer)
+            if not held_by:
+                rank_zero_info(f"stopping early: {verdict.message}")
+            elif not trainer.should_stop:
+                rank_zero_info(f"{verdict.message} The run stops once {held_by} is reached.")
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason = verdict.reason
             self.stopping_reason_message = verdict.message
-            rank_zero_info(f"stopping early: {verdict.message}")
 
     def _monitored(self, trainer: Trainer) -> Tensor | None:
         metrics = trainer.callback_metrics
@@ -249,3 +257,12 @@ class EarlyStopping(Callback):
             raise ConfigError(message)
         warn_once(("EarlyStopping", self.state_key), message)
         return None
+
+
+def _held_by(trainer: Trainer) -> str:
+    """Name the minimum that keeps the run going all the same; "" if there is none."""
+    if trainer.current_epoch + 1 < (trainer.min_epochs or 0):
+        return f"min_epochs={trainer.min_epochs}"
+    if trainer.global_step < (trainer.min_steps or 0):
+        return f"min_steps={trainer.min_steps}"
+    return ""

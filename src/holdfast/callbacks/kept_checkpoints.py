@@ -13,6 +13,8 @@ from holdfast.callbacks import lineage
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.callbacks.checkpoint_view import View, rank, worst_score
 from holdfast.callbacks.save_line import save_line
+from holdfast.checkpoint import catalog
+from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO
 from holdfast.checkpoint.retention import Found, left_behind
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info
@@ -33,6 +35,7 @@ class CheckpointPlan(SavePlan):
         score: The value that it was ranked on; None if it wasn't.
         saved_step: The step that the next save must differ from.
         undo: The bookkeeping of before, in case the save fails.
+        because: The exception that it was saved on, if any.
     """
 
     step: int = 0
@@ -41,6 +44,7 @@ class CheckpointPlan(SavePlan):
     score: Tensor | None = None
     saved_step: int = 0
     undo: tuple[int | None, bool] = (None, False)
+    because: str = ""
 
 
 class KeptCheckpoints(Checkpoint):
@@ -63,6 +67,8 @@ class KeptCheckpoints(Checkpoint):
     - Files of later steps that were not written over go after a save of the resumed run is durable at their
       step or a later one. Until then they may be the newest there is, and stay.
     """
+
+    FILE_EXTENSION = catalog.SUFFIX
 
     def __init__(self, dirpath: str | None, monitor: str | None, mode: str, save_top_k: int) -> None:
         super().__init__()
@@ -111,12 +117,16 @@ class KeptCheckpoints(Checkpoint):
                 if deleted:
                     names = ", ".join(os.path.basename(path) for path in deleted)
                     rank_zero_info(f"deleted {names}, which a kill had kept from being deleted")
-            # Where the count of logged values began anew, the old count says nothing.
-            versions = getattr(trainer, "metric_versions", {})
-            if self._ranked_version is not None and versions.get(self.monitor, 0) < self._ranked_version:
-                self._ranked_version = None
-        elif self._run is None:
+        elif self._run is None or trainer.global_step == 0:
+            # What this callback saved before, for another trainer, is none of the new run's.
             self._run = trainer.strategy.broadcast(lineage.new_run_id())
+            self._leftovers = []
+            self._saved_step = self._triggered_step = 0
+            self._ranked_version, self._deferred = None, False
+        # Where the count of logged values began anew, the old count says nothing.
+        versions = getattr(trainer, "metric_versions", {})
+        if self._ranked_version is not None and versions.get(self.monitor, 0) < self._ranked_version:
+            self._ranked_version = None
         self._state_loaded = False
 
     def committed(self, trainer: Trainer, plan: SavePlan, report: Any) -> None:
@@ -145,6 +155,7 @@ class KeptCheckpoints(Checkpoint):
                 after=plan.view,
                 save_top_k=self.save_top_k,
                 deleted=deleted,
+                because=plan.because,
             )
         )
 
@@ -232,10 +243,18 @@ class KeptCheckpoints(Checkpoint):
 
     def _delete(self, trainer: Trainer, plan: CheckpointPlan) -> list[str]:
         kept = {*plan.view.paths(), *plan.names}
-        inside, protected = self.dirpath or "", _protected(trainer)
         doomed = [path for path in plan.evict if path not in kept]
-        deleted = [path for path in doomed if lineage.remove(path, inside=inside, protected=protected)]
+        deleted = [path for path in doomed if self._remove(trainer, path)]
         return deleted + self._sweep(trainer, before_step=plan.step + 1, keep=kept)
+
+    def _remove(self, trainer: Trainer, path: str) -> bool:
+        by_plugin = getattr(trainer.strategy, "own_checkpoint_io", None) is not None
+        return lineage.remove(
+            path,
+            inside=self.dirpath or "",
+            protected=_protected(trainer),
+            delete=trainer.strategy.remove_checkpoint if by_plugin else None,
+        )
 
     def _sweep(self, trainer: Trainer, *, before_step: int, keep: set[str]) -> list[str]:
         """Delete what earlier lives of the run left behind, of steps before ``before_step``."""
@@ -243,15 +262,22 @@ class KeptCheckpoints(Checkpoint):
             return []
         doomed = left_behind(self._leftovers, run=self._run, before_step=before_step, keep=keep)
         self._leftovers = [found for found in self._leftovers if found.step >= before_step]
-        inside, protected = self.dirpath or "", _protected(trainer)
-        return [path for path in doomed if lineage.remove(path, inside=inside, protected=protected)]
+        return [path for path in doomed if self._remove(trainer, path)]
 
     def _take_stock(self, trainer: Trainer, resumed_from: str) -> tuple[str, View, list[Found]]:
         """Set what the checkpoint remembers against what the directory holds."""
         assert self.dirpath is not None
         present = self._view()
-        found = lineage.describe_all(self.dirpath, also=present.paths(), recursive=self._has_subdirectories())
         run = self._run if self._state_loaded else None
+        if _has_own_format(trainer):
+            # Only the user's plugin can read what is there: what the checkpoint remembers stands.
+            return run or lineage.new_run_id(), present, []
+        found = lineage.describe_all(
+            self.dirpath,
+            also=present.paths(),
+            recursive=self._has_subdirectories(),
+            suffix=self.FILE_EXTENSION,
+        )
         if run is None:
             origin = lineage.describe(resumed_from)
             run = (origin.run if origin is not None else None) or lineage.new_run_id()
@@ -289,6 +315,14 @@ def _protected(trainer: Trainer) -> str | None:
     return path
 
 
+def _has_own_format(trainer: Trainer) -> bool:
+    """Whether a plugin of the user's writes the files, in a format that only it knows."""
+    checkpoint_io = getattr(trainer.strategy, "own_checkpoint_io", None)
+    while isinstance(checkpoint_io, AsyncCheckpointIO):
+        checkpoint_io = checkpoint_io.checkpoint_io
+    return checkpoint_io is not None and not isinstance(checkpoint_io, TorchCheckpointIO)
+
+
 def local_directory(dirpath: str | os.PathLike[str] | None) -> str | None:
     """Return the absolute path of a directory that was given.
 
@@ -307,9 +341,20 @@ def local_directory(dirpath: str | os.PathLike[str] | None) -> str | None:
 
 def default_directory(trainer: Trainer) -> str:
     """Return ``checkpoints`` in the first logger's version directory, or else in the root directory."""
+    return os.path.join(*version_directory(trainer), "checkpoints")
+
+
+def version_directory(trainer: Trainer) -> tuple[str, str]:
+    """Return the directory of the first logger's experiment and, in it, the name of its version's.
+
+    Without a logger, or one that has no version, the name is "".
+    """
+    instead: str | None = getattr(trainer, "weights_save_path", None)
     if not trainer.loggers:
-        return os.path.join(trainer.default_root_dir, "checkpoints")
+        return instead or trainer.default_root_dir, ""
     logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    root = logger.save_dir or trainer.default_root_dir
-    return os.path.join(root, str(logger.name or ""), version, "checkpoints")
+    version = logger.version
+    if version is not None and not isinstance(version, str):
+        version = f"version_{version}"
+    root = instead or logger.save_dir or trainer.default_root_dir
+    return os.path.join(root, str(logger.name or "")), version or ""

@@ -9,7 +9,7 @@ ever written over, ranked again or swept up.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from holdfast.errors import CheckpointError
 from holdfast.utilities.rank_zero import rank_zero_warn
 
 _OWNER = "owner:"
+_ON_EXCEPTION = "exception:"
 _LONGEST_NAME_BYTES = 255  # of every file system in use
 
 
@@ -42,6 +43,14 @@ def summary_extra(state_key: str, *, run: str, names: Sequence[str], score: floa
     text = None if score is None else repr(float(score))
     named = [os.path.basename(name) for name in names]
     return {f"{_OWNER}{run}": {"callback": state_key, "names": named, "score": text}}
+
+
+def exception_extra(state_key: str, *, run: str) -> dict[str, Any]:
+    """Say in a file's summary that an exception made a run save it.
+
+    It names no owner, so such a file is never ranked and never swept up.
+    """
+    return {f"{_ON_EXCEPTION}{run}": {"callback": state_key}}
 
 
 def describe(path: str) -> Found | None:
@@ -105,15 +114,18 @@ def give_missing_names(path: str, run: str, step: int) -> list[str]:
     return given
 
 
-def describe_all(directory: str, *, also: Iterable[str] = (), recursive: bool = False) -> dict[str, Found]:
-    """Read the tails of all whole checkpoints under ``directory``, and of the files in ``also``.
+def describe_all(
+    directory: str, *, also: Iterable[str] = (), recursive: bool = False, suffix: str = catalog.SUFFIX
+) -> dict[str, Found]:
+    """Read the tails of all whole checkpoints ``*suffix`` under ``directory``, and of the files in ``also``.
 
     Those that something else than holdfast wrote are there with no run and no score.
     """
     found: dict[str, Found] = {}
     paths = [os.path.abspath(path) for path in also]
     if os.path.isdir(directory):
-        paths += [os.path.abspath(entry.path) for entry in catalog.scan(directory, recursive=recursive)]
+        entries = catalog.scan(directory, recursive=recursive, suffix=suffix)
+        paths += [os.path.abspath(entry.path) for entry in entries]
     for path in dict.fromkeys(paths):
         one = describe(path)
         if one is None:
@@ -154,7 +166,21 @@ class Claims:
             return False
         found = self._mine(path)
         # Of this step or a later one it is from an earlier life of this run, which lives that time again.
-        return found is not None and (found.step >= self.step or not self.keeps_all)
+        if found is not None and (found.step >= self.step or not self.keeps_all):
+            return True
+        return self._saved_on_exception(path)
+
+    def allow_on_exception(self, path: str) -> bool:
+        """Tell whether the state that an exception left may be put at ``path``: over no good file."""
+        if path in self.reserved:
+            return False
+        if not os.path.lexists(path):
+            return True
+        return (
+            path not in self.used
+            and not is_same_file(path, self.protected)
+            and self._saved_on_exception(path)
+        )
 
     def allow_last(self, path: str, last_model_path: str) -> bool:
         """Tell whether the newest save may be put at ``path``, a name that is there to be written over."""
@@ -164,27 +190,44 @@ class Claims:
             return True
         return path not in self.used and self._mine(path) is not None
 
+    def _saved_on_exception(self, path: str) -> bool:
+        """Whether the run saved it on an exception and has got there again: the state now is no older."""
+        try:
+            summary = catalog.read_summary(path)
+        except (CheckpointError, OSError):
+            return False
+        return f"{_ON_EXCEPTION}{self.run}" in summary.values and (summary.step or 0) <= self.step
+
     def _mine(self, path: str) -> Found | None:
         found = describe(path)
         return found if found is not None and self.run is not None and found.run == self.run else None
 
 
-def remove(path: str, *, inside: str, protected: str | None) -> bool:
+def remove(
+    path: str, *, inside: str, protected: str | None, delete: Callable[[str], Any] | None = None
+) -> bool:
     """Delete one checkpoint file and tell whether it was deleted.
 
     Left alone are directories, whatever is not inside the directory ``inside``, and every name of the
     file ``protected``.
+
+    Args:
+        path: The file.
+        inside: The directory that nothing is deleted outside of.
+        protected: A file that stays.
+        delete: What deletes it, where that is the user's own plugin: it knows what its checkpoints are,
+            directories or not.
     """
     directory = os.path.realpath(os.path.dirname(path))
     root = os.path.realpath(inside)
     if os.path.commonpath([directory, root]) != root:
         return False
-    if os.path.isdir(path) and not os.path.islink(path):
+    if delete is None and os.path.isdir(path) and not os.path.islink(path):
         return False
     if is_same_file(path, protected):
         return False
     try:
-        os.unlink(path)
+        (delete or os.unlink)(path)
     except FileNotFoundError:
         return False
     except OSError as error:

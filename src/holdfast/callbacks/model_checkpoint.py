@@ -6,28 +6,27 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from holdfast.callbacks import lineage, naming, triggers
-from holdfast.callbacks.base import STEP_OUTPUT
-from holdfast.callbacks.checkpoint_view import as_scalar, rank
-from holdfast.callbacks.kept_checkpoints import CheckpointPlan, KeptCheckpoints, local_directory
+from holdfast.callbacks import lineage, monitored, naming, triggers
+from holdfast.callbacks.checkpoint_spellings import takes_old_spellings
+from holdfast.callbacks.checkpoint_view import rank
+from holdfast.callbacks.kept_checkpoints import CheckpointPlan, local_directory
+from holdfast.callbacks.named_checkpoints import NamedCheckpoints
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from holdfast.utilities.types import STEP_OUTPUT
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
     from holdfast.training.trainer import Trainer
 
-EXCEPTION_PREFIX = "exception"
 
-
-class ModelCheckpoint(KeptCheckpoints):
+class ModelCheckpoint(NamedCheckpoints):
     """Save while training, and once a save is durable delete what it makes superfluous.
 
     Saves are *requested* in hooks and decided at the loop's safe point, from the values of that moment:
@@ -35,7 +34,10 @@ class ModelCheckpoint(KeptCheckpoints):
     - A monitored value is fresh or not used: if it was not logged anew since it was last ranked, nothing
       is ranked. A step or time interval that comes due meanwhile is made up for when validation next ends.
     - NaN never ranks above a number. A tie keeps the older.
-    - ``last`` is the newest save, also when that one is not among the best.
+    - ``last`` is the newest save, also when that one is not among the best. A run that ends before its
+      interval was ever due saves it at its end.
+    - What an exception leaves, possibly in the middle of a batch, never takes the place of a good file, and
+      nothing makes way for it. The resumed run puts its own save of that name there.
     - ``best_model_path`` and its siblings change, and files are deleted, only after the newer file is
       durable. A run that is killed and resumed ends with the same files (see `KeptCheckpoints`).
 
@@ -48,8 +50,8 @@ class ModelCheckpoint(KeptCheckpoints):
         save_last: Keep the newest save under the name ``last`` too; it shares its bytes with the other
             name where the file system allows it. "link" is accepted and means the same.
         save_top_k: How many of the best to keep; -1 for all, 0 for none.
-        save_on_exception: When an exception ends the run, save under a name of its own, if the state is
-            one that can be resumed from.
+        save_on_exception: When an exception ends the run, save what was trained since the last save, under
+            a name that no other file has.
         save_weights_only: Leave out everything that only resuming needs.
         mode: "min" or "max": which end of ``monitor`` is better.
         auto_insert_metric_name: Put ``name=`` before each value in the file name.
@@ -62,15 +64,11 @@ class ModelCheckpoint(KeptCheckpoints):
             that file is overwritten.
 
     Raises:
+        ArgumentError: There is no such argument.
         ConfigError: An argument, or a combination of them, cannot work.
     """
 
-    CHECKPOINT_JOIN_CHAR = "-"
-    CHECKPOINT_EQUALS_CHAR = "="
-    CHECKPOINT_NAME_LAST = "last"
-    FILE_EXTENSION = ".ckpt"
-    STARTING_VERSION = 1
-
+    @takes_old_spellings
     def __init__(
         self,
         dirpath: str | os.PathLike[str] | None = None,
@@ -89,7 +87,15 @@ class ModelCheckpoint(KeptCheckpoints):
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
     ) -> None:
-        super().__init__(local_directory(dirpath), monitor, mode, save_top_k)
+        super().__init__(
+            local_directory(dirpath),
+            monitor,
+            mode,
+            save_top_k,
+            filename=None if filename is None else os.fspath(filename),
+            auto_insert_metric_name=auto_insert_metric_name,
+            enable_version_counter=enable_version_counter,
+        )
         if save_top_k < -1:
             raise ConfigError(
                 f"ModelCheckpoint(save_top_k={save_top_k}) means nothing: -1 keeps all, 0 none, k the best k."
@@ -110,17 +116,15 @@ class ModelCheckpoint(KeptCheckpoints):
             every_n_train_steps, every_n_epochs, self._interval_s
         )
         self._train_time_interval = train_time_interval
-        self.filename = None if filename is None else os.fspath(filename)
-        naming.template_keys(self.filename or naming.DEFAULT_TEMPLATE)
+        naming.check_template(self._template)
         self.verbose = verbose
         self.save_last = save_last
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
-        self.auto_insert_metric_name = auto_insert_metric_name
         self._save_on_train_epoch_end = save_on_train_epoch_end
-        self._enable_version_counter = enable_version_counter
 
         self._asked: set[str] = set()
+        self._exception = ""
         self._names_checked = False
         self._nan_said = False
         self._validated = False
@@ -196,16 +200,30 @@ class ModelCheckpoint(KeptCheckpoints):
         self._request(trainer, "deferred" if self._deferred else "interval" if due else "names")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Request a save when epochs are judged here."""
+        """Request a save when epochs are judged here, or ``last`` if training ends with nothing saved."""
         self._epoch_ended = True
         due = self._judges_training_epochs(trainer) and triggers.due_at_epoch(
             trainer.current_epoch, self._every_n_epochs
         )
-        self._request(trainer, "interval" if due else "names")
+        if due or not self.save_last or self._saved_step or self._plan is not None:
+            self._request(trainer, "interval" if due else "names")
+        else:
+            self._request(trainer, "end")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which names were not logged, where validation, which might have, never ran."""
+        if not self._names_checked and not trainer.fast_dev_run:
+            why = ", and training ended before validation ran"
+            missing = self._unlogged(monitored.candidates(trainer), why)
+            if missing is not None:
+                rank_zero_warn(missing)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Request a save under a name of its own, if that was asked for."""
-        if self.save_on_exception and trainer.state.fn == "fit":
+        """Request a save of its own kind, if exceptions are saved or a save had come due just then."""
+        due = bool(self._asked - {"names", "end"})
+        self._asked = {"nothing"}
+        if (self.save_on_exception or due) and trainer.state.fn == "fit":
+            self._exception = type(exception).__name__
             self._request(trainer, "exception")
 
     def _request(self, trainer: Trainer, why: str) -> None:
@@ -247,22 +265,28 @@ class ModelCheckpoint(KeptCheckpoints):
         return outcome
 
     def _decide(self, trainer: Trainer, asked: set[str]) -> CheckpointPlan | None:
-        metrics = self._candidates(trainer)
+        metrics = monitored.candidates(trainer)
         step = trainer.global_step
         if "exception" in asked:
             return self._plan_exception(trainer, metrics, step)
+        if "nothing" in asked:
+            return None
         self._check_names(trainer, metrics)
-        if asked == {"names"} or (step == self._saved_step and "deferred" not in asked):
+        only_last = "end" in asked and asked <= {"names", "end"} and self._ends_here(trainer)
+        if (asked and asked <= {"names", "end"} and not only_last) or (
+            step == self._saved_step and "deferred" not in asked
+        ):
             return None
 
         before = self._view()
         undo = self._ranked_version, self._deferred
-        score = self._fresh_score(trainer, metrics)
-        if self.monitor is not None and self.save_top_k != 0:
+        places = 0 if only_last else self.save_top_k
+        score = None if places == 0 else self._fresh_score(trainer, metrics)
+        if self.monitor is not None and places != 0:
             # An interval that found nothing to rank is made up for when validation ends.
             self._deferred = score is None and self._every_n_epochs == 0
             self._tell_unranked(score, step)
-        ranking = rank(before, score, monitor=self.monitor, k=self.save_top_k, mode=self.mode)
+        ranking = rank(before, score, monitor=self.monitor, k=places, mode=self.mode)
         claims = self._claims(trainer, step)
         names: list[str] = []
         if ranking.entered:
@@ -302,71 +326,53 @@ class ModelCheckpoint(KeptCheckpoints):
             undo=undo,
         )
 
+    def _ends_here(self, trainer: Trainer) -> bool:
+        loop = getattr(trainer, "fit_loop", None)
+        return loop is not None and bool(loop.finished)
+
     def _plan_exception(
         self, trainer: Trainer, metrics: dict[str, Tensor], step: int
     ) -> CheckpointPlan | None:
         if step == self._saved_step:
             return None
-
-        def name_of(version: int | None) -> str:
-            stem = naming.format_checkpoint_name(
-                naming.DEFAULT_TEMPLATE,
-                metrics,
-                prefix=EXCEPTION_PREFIX,
-                ver=version,
-                join_char=self.CHECKPOINT_JOIN_CHAR,
-                equals_char=self.CHECKPOINT_EQUALS_CHAR,
-            )
-            return os.path.join(self.dirpath or "", stem + self.FILE_EXTENSION)
-
-        reserved = self._claims(trainer, step).reserved
-        name = naming.first_usable(
-            name_of, lambda path: not os.path.lexists(path) and path not in reserved, self.STARTING_VERSION
-        )
+        claims = self._claims(trainer, step)
+        name = self._first_usable(metrics, None, claims.allow_on_exception, counted=True)
         return CheckpointPlan(
             names=(name,),
             weights_only=self.save_weights_only,
             metrics={key: float(value) for key, value in metrics.items()},
-            # Without the run's id: such a file is never ranked, overwritten or swept up.
-            summary_extra={"callback": self.state_key},
+            summary_extra=lineage.exception_extra(self.state_key, run=self._run or lineage.new_run_id()),
             step=step,
+            because=self._exception,
             view=self._view(),
             saved_step=self._saved_step,
             undo=(self._ranked_version, self._deferred),
         )
-
-    def _candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        metrics = {name: as_scalar(value) for name, value in trainer.callback_metrics.items()}
-        for name, value in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
-            logged = metrics.get(name)
-            metrics[name] = torch.tensor(value if logged is None else int(logged.item()))
-        return metrics
 
     def _check_names(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
         """Refuse names that were never logged, once everything that logs has had its turn."""
         everything_ran = self._epoch_ended and (self._validated or not trainer.enable_validation)
         if self._names_checked or not everything_ran:
             return
-        if self.monitor is not None and self.monitor not in metrics:
-            raise ConfigError(
-                f"ModelCheckpoint(monitor={self.monitor!r}) has nothing to go by: no such value was logged."
-                f"{naming.nearest(self.monitor, metrics)}"
-            )
-        for key in self._template_keys():
-            if key not in metrics:
-                raise ConfigError(
-                    f"ModelCheckpoint(filename={self.filename!r}) asks for {key!r}: no such value was logged."
-                    f"{naming.nearest(key, metrics)}"
-                )
+        missing = self._unlogged(metrics)
+        if missing is not None:
+            raise ConfigError(missing)
         self._names_checked = True
+
+    def _unlogged(self, metrics: Mapping[str, Tensor], why: str = "") -> str | None:
+        templates = [(f"ModelCheckpoint(filename={self.filename!r})", self._template)]
+        if self.save_last:
+            last = self.CHECKPOINT_NAME_LAST
+            templates.append((f"{type(self).__name__}.CHECKPOINT_NAME_LAST = {last!r}", last))
+        ranks_by = None if self.save_top_k == 0 else self.monitor
+        return monitored.unlogged(metrics, monitor=ranks_by, templates=templates, why=why)
 
     def _fresh_score(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> Tensor | None:
         """Return the monitored value, or None if there is none that was not ranked before."""
-        if self.monitor is None or self.save_top_k == 0 or self.monitor not in metrics:
+        if self.monitor is None or self.monitor not in metrics:
             return None
-        versions: Mapping[str, int] | None = getattr(trainer, "metric_versions", None)
-        if versions is not None and self.monitor in trainer.callback_metrics:
-            version = versions.get(self.monitor, 0)
+        version = monitored.version(trainer, self.monitor)
+        if version is not None:
             if version == self._ranked_version:
                 return None
             self._ranked_version = version
@@ -382,57 +388,6 @@ class ModelCheckpoint(KeptCheckpoints):
     def _tell_unranked(self, score: Tensor | None, step: int) -> None:
         if self.verbose and score is None:
             rank_zero_info(f"step {step}: {self.monitor} has no value that is new, so nothing is ranked")
-
-    # ---- names --------------------------------------------------------------------------------------
-
-    def format_checkpoint_name(
-        self,
-        metrics: Mapping[str, Any],
-        filename: str | None = None,
-        ver: int | None = None,
-        prefix: str | None = None,
-    ) -> str:
-        """Fill the template: the path in ``dirpath``, with the extension.
-
-        Args:
-            metrics: A number or 0-dim tensor per name.
-            filename: The template; default: this callback's.
-            ver: A version to put behind, as ``-v1``.
-            prefix: A text to put in front.
-
-        Raises:
-            ConfigError: The template asks for a name that is not in ``metrics``.
-        """
-        name = naming.format_checkpoint_name(
-            filename or self.filename or naming.DEFAULT_TEMPLATE,
-            metrics,
-            auto_insert_metric_name=self.auto_insert_metric_name,
-            prefix=prefix,
-            ver=ver,
-            join_char=self.CHECKPOINT_JOIN_CHAR,
-            equals_char=self.CHECKPOINT_EQUALS_CHAR,
-        )
-        return os.path.join(self.dirpath or "", name + self.FILE_EXTENSION)
-
-    def _has_subdirectories(self) -> bool:
-        return "/" in (self.filename or "")
-
-    def _template_keys(self) -> list[str]:
-        last = self.CHECKPOINT_NAME_LAST if self.save_last else ""
-        return naming.template_keys(self.filename or naming.DEFAULT_TEMPLATE) + naming.template_keys(last)
-
-    def _first_usable(
-        self, metrics: dict[str, Tensor], filename: str | None, usable: Callable[[str], bool]
-    ) -> str:
-        # Before everything that logs has run, a name without a value yet is not a mistake.
-        blanks = {key: torch.tensor(math.nan) for key in self._template_keys() if key not in metrics}
-
-        def name_of(version: int | None) -> str:
-            return os.path.abspath(self.format_checkpoint_name({**blanks, **metrics}, filename, ver=version))
-
-        if not self._enable_version_counter:
-            return name_of(None)
-        return naming.first_usable(name_of, usable, self.STARTING_VERSION)
 
     def _bookkeeping(self) -> tuple[bool, int | None, bool]:
         return self._names_checked, self._ranked_version, self._deferred

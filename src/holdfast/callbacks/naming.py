@@ -22,6 +22,17 @@ def template_keys(template: str) -> list[str]:
     return [name for _, name, _, _ in _parse(template) if name is not None]
 
 
+def check_template(template: str) -> None:
+    """Refuse a template that no values could fill.
+
+    Raises:
+        ConfigError: The braces don't match, a pair of them is empty, or a format fits no number.
+    """
+    for _, name, spec, _ in _parse(template):
+        if name is not None and spec and not any(_fits(spec, number) for number in (1, 1.0)):
+            raise ConfigError(f"The file name {template!r} wants {name!r} as {spec!r}, which fits no number.")
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Say in a sentence which of ``names`` come near ``name``, and which there are at all."""
     known = sorted(names)
@@ -114,6 +125,14 @@ def _parse(template: str) -> list[tuple[str, str | None, str | None, str | None]
                 "Write {name} or {name:format}; for a brace itself write it twice."
             )
     return parts
+
+
+def _fits(spec: str, number: float) -> bool:
+    try:
+        format(number, spec)
+    except ValueError:
+        return False
+    return True
 
 
 def _format_value(template: str, name: str, value: Any, spec: str) -> str:

@@ -59,12 +59,12 @@ class ProgressBar(Callback):
     @property
     def sanity_check_description(self) -> str:
         """What the sanity check is called."""
-        return "Sanity check"
+        return "Sanity Checking"
 
     @property
     def train_description(self) -> str:
-        """What training is called; the epoch's number goes behind it."""
-        return "Epoch"
+        """What training is called."""
+        return "Training"
 
     @property
     def validation_description(self) -> str:
@@ -74,18 +74,30 @@ class ProgressBar(Callback):
     @property
     def test_description(self) -> str:
         """What testing is called."""
-        return "Test"
+        return "Testing"
 
     @property
     def predict_description(self) -> str:
         """What prediction is called."""
-        return "Predict"
+        return "Predicting"
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches in the training epoch; infinity when nobody knows."""
-        batches: int | float = self.trainer.num_training_batches
-        return batches
+        """Batches that a training epoch beginning now has until its end, or until ``max_steps`` ends it.
+
+        Infinity when nobody knows.
+        """
+        return self._batches_of_epoch(0)
+
+    def _batches_of_epoch(self, done: int) -> int | float:
+        """Batches that this training epoch has in all, ``done`` of which are through."""
+        trainer = self.trainer
+        batches: int | float = trainer.num_training_batches
+        if trainer.max_steps == -1:
+            return batches
+        accumulate = trainer.accumulate_grad_batches
+        steps_left = max(0, trainer.max_steps - trainer.global_step)
+        return min(batches, (done // accumulate + steps_left) * accumulate)
 
     @property
     def total_val_batches(self) -> int | float:
@@ -160,3 +172,8 @@ def default_progress_bar() -> ProgressBar:
 def as_list(batches: Any) -> list[int | float]:
     """Return the batches of each loader, from one number or several."""
     return list(batches) if isinstance(batches, Iterable) else [batches]
+
+
+def known(total: int | float) -> int | None:
+    """Return a number of batches, and None for infinity: nobody knows."""
+    return None if total == float("inf") else int(total)

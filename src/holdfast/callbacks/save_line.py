@@ -20,8 +20,9 @@ def save_line(
     after: View,
     save_top_k: int,
     deleted: Sequence[str],
+    because: str = "",
 ) -> str:
-    """Say what was saved, what it cost, how it ranks and what was deleted for it.
+    """Say what was saved, what it cost, how it ranks, what was deleted for it and which exception made it.
 
     ``saved epoch=2-step=18.ckpt  step 18  1.2 MB in 0.01 s  val_loss 0.31 -> 0.29 (best; 2 of 3 kept)``
     """
@@ -30,6 +31,8 @@ def save_line(
     parts += [f"step {step}", f"{format_size(size_bytes)} in {seconds:.2f} s"]
     if monitor is not None and score is not None:
         parts.append(f"{monitor} {_rank_text(names[0], score, before, after, save_top_k)}")
+    if because:
+        parts.append(f"on {because}")
     if deleted:
         parts.append(f"deleted {', '.join(os.path.basename(path) for path in deleted)}")
     return "  ".join(parts)

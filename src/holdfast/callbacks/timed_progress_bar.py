@@ -9,9 +9,9 @@ import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from holdfast.callbacks.base import STEP_OUTPUT
-from holdfast.callbacks.progress_bar import ProgressBar, as_list
+from holdfast.callbacks.progress_bar import ProgressBar, as_list, known
 from holdfast.callbacks.track import Track
+from holdfast.utilities.types import STEP_OUTPUT
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
@@ -31,8 +31,12 @@ class TimedProgressBar(ProgressBar):
         self._look_s = 0.0  # when a batch's end is to be looked at
         self._draw_s = 0.0  # when it is time to draw again
         self._train: Track | None = None
+        self._train_done = 0
         self._eval: Track | None = None
         self._eval_done = 0
+
+    def begin(self, track: Track) -> None:
+        """Take note that ``track`` begins; nothing has to be shown before it is drawn."""
 
     @abstractmethod
     def draw(self, track: Track) -> None:
@@ -52,7 +56,7 @@ class TimedProgressBar(ProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's bar."""
         if self.is_enabled:
-            self._begin_epoch(trainer)
+            self._begin_epoch(trainer, 0)
             assert self._train is not None
             self.draw(self._train)
             self._draw_s = time.monotonic() + self._interval_s
@@ -63,12 +67,13 @@ class TimedProgressBar(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Look at the clock, and draw if it is time."""
+        self._train_done = batch_idx + 1
         now_s = time.monotonic()
         if now_s < self._look_s or not self._enabled:
             return
         # A run that goes on inside an epoch comes here without the epoch's start.
         if self._train is None or self._train.epoch != trainer.current_epoch:
-            self._begin_epoch(trainer)
+            self._begin_epoch(trainer, batch_idx + 1)
         assert self._train is not None
         self._train.at(batch_idx + 1, now_s, self.get_metrics(trainer, pl_module))
         if now_s >= self._draw_s:
@@ -161,11 +166,13 @@ class TimedProgressBar(ProgressBar):
         """Leave the terminal as it was."""
         self.shut()
 
-    def _begin_epoch(self, trainer: Trainer) -> None:
+    def _begin_epoch(self, trainer: Trainer, done: int) -> None:
+        self._train_done = done
         epochs = trainer.max_epochs
         of = "" if epochs is None or epochs < 0 else f"/{epochs}"
-        name = f"{self.train_description} {trainer.current_epoch + 1}{of}"
-        self._train = Track(name, _finite(self.total_train_batches), trainer.current_epoch)
+        name = f"Epoch {trainer.current_epoch + 1}{of}"
+        self._train = Track(name, known(self._batches_of_epoch(done)), trainer.current_epoch)
+        self.begin(self._train)
 
     def _begin_eval(self, name: str, batches: Any) -> None:
         if not self.is_enabled:
@@ -176,9 +183,10 @@ class TimedProgressBar(ProgressBar):
             done = max(self._train.done, getattr(self.trainer, "batch_idx", -1) + 1)
             self._train.at(done, now_s, self._train.metrics)
             self._train.pace.pause(now_s)
-        self._eval = Track(name, _finite(sum(as_list(batches))), None)
+        self._eval = Track(name, known(sum(as_list(batches))), None)
         self._eval_done = 0
         self._draw_s = time.monotonic() + self._interval_s
+        self.begin(self._eval)
 
     def _eval_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._eval_done += 1
@@ -197,7 +205,3 @@ class TimedProgressBar(ProgressBar):
             self._train.pace.resume(time.monotonic())
             self._train.metrics = self.get_metrics(trainer, pl_module)
             self.renew(self._train)
-
-
-def _finite(total: int | float) -> int | None:
-    return None if total == float("inf") else int(total)

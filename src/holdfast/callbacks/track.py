@@ -93,8 +93,12 @@ class Track:
     @property
     def metrics_text(self) -> str:
         """``loss 0.312  val_loss 0.29``, with 4 significant digits."""
+        return self.metrics_as("  ", ".4g")
+
+    def metrics_as(self, delimiter: str, number_format: str) -> str:
+        """The metrics in one line, with what to put between them and how to write a float."""
         shown = ((name, value) for name, value in self.metrics.items() if name != "v_num")
-        return "  ".join(f"{name} {format_value(value)}" for name, value in shown)
+        return delimiter.join(f"{name} {format_value(value, number_format)}" for name, value in shown)
 
 
 def format_duration(seconds: float) -> str:
@@ -105,8 +109,8 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def format_value(value: Any) -> str:
-    """Write a number with 4 significant digits, anything else as it is."""
+def format_value(value: Any, number_format: str = ".4g") -> str:
+    """Write a float with 4 significant digits, or as ``number_format`` says, and anything else as it is."""
     if hasattr(value, "item"):
         value = value.item()
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return format(value, number_format) if isinstance(value, float) else str(value)

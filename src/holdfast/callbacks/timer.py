@@ -1,0 +1,199 @@
+"""Measure how long the stages of a run take, and stop training when its time is up."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from holdfast.callbacks.base import Callback
+from holdfast.errors import ConfigError
+from holdfast.utilities.rank_zero import rank_zero_info
+from holdfast.utilities.types import STEP_OUTPUT
+
+if TYPE_CHECKING:
+    from holdfast.training.module import LightningModule
+    from holdfast.training.trainer import Trainer
+
+_STAGES = ("train", "sanity_check", "validate", "test", "predict")
+
+
+def parse_duration(duration: str | timedelta | dict[str, int] | None) -> float | None:
+    """Return a duration in seconds; None stands for no limit.
+
+    Args:
+        duration: ``"DD:HH:MM:SS"``, a timedelta, or its arguments as a dict.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    if duration is None:
+        return None
+    if isinstance(duration, str) and re.fullmatch(r"\d{2,}:\d\d:\d\d:\d\d", duration.strip()):
+        days, hours, minutes, seconds = (int(part) for part in duration.strip().split(":"))
+        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+    if isinstance(duration, timedelta):
+        return duration.total_seconds()
+    if isinstance(duration, dict):
+        try:
+            return timedelta(**duration).total_seconds()
+        except TypeError:
+            pass
+    raise ConfigError(
+        f"Timer(duration={duration!r}) is no duration: give 'DD:HH:MM:SS' such as '00:12:00:00' for twelve "
+        "hours, a datetime.timedelta, or its arguments as a dict such as {'hours': 12}."
+    )
+
+
+class Timer(Callback):
+    """Measure the time that training, validation and testing take; stop training when its time is up.
+
+    The time of training is counted over all lives of a run: it is in the checkpoint, and a resumed run has
+    only what is left. The trainer honours ``min_epochs`` and ``min_steps`` before it stops. Rank 0's clock
+    decides.
+
+    Args:
+        duration: How long training may take: ``"DD:HH:MM:SS"``, a timedelta, or its arguments as a dict;
+            None only measures. At 0 nothing is trained.
+        interval: Look at the clock after each "step" or after each "epoch".
+        verbose: Say when the time is up.
+
+    Raises:
+        ConfigError: ``duration`` or ``interval`` is nothing of the kind.
+    """
+
+    def __init__(
+        self,
+        duration: str | timedelta | dict[str, int] | None = None,
+        interval: str = "step",
+        verbose: bool = True,
+    ) -> None:
+        if interval not in ("step", "epoch"):
+            raise ConfigError(f"Timer(interval={str(interval)!r}) must be 'step' or 'epoch'.")
+        self._duration_s = parse_duration(duration)
+        self._interval = str(interval)
+        self._verbose = verbose
+        self._started_s: dict[str, float] = {}
+        self._ended_s: dict[str, float] = {}
+        self._before_s = 0.0
+        self._told = False
+
+    @property
+    def duration_s(self) -> float | None:
+        """How long training may take, in seconds; None for as long as it wants."""
+        return self._duration_s
+
+    def uses_hook(self, name: str) -> bool:
+        """Leave out the hook that does not look at the clock: then a step costs nothing."""
+        for hook, interval in (("on_train_batch_end", "step"), ("on_train_epoch_end", "epoch")):
+            if name == hook and getattr(type(self), hook) is getattr(Timer, hook):
+                return self._duration_s is not None and self._interval == interval
+        return super().uses_hook(name)
+
+    # -- what it measured ------------------------------------------------------------------------------------
+
+    def start_time(self, stage: str = "train") -> float | None:
+        """When a stage last began, on the monotonic clock in seconds; None if it has not."""
+        return self._started_s.get(_known(stage))
+
+    def end_time(self, stage: str = "train") -> float | None:
+        """When a stage last ended, on the monotonic clock in seconds; None if it has not."""
+        return self._ended_s.get(_known(stage))
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        """Seconds that a stage has taken: training over all lives of the run, others the last time."""
+        start, end = self.start_time(stage), self.end_time(stage)
+        before = self._before_s if _known(stage) == "train" else 0.0
+        if start is None:
+            return before
+        return (monotonic() if end is None else end) - start + before
+
+    def time_remaining(self, stage: str = "train") -> float | None:
+        """Seconds that are left of the duration; None if there is none."""
+        return None if self._duration_s is None else self._duration_s - self.time_elapsed(stage)
+
+    # -- when ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the fit before this one: its time is not this one's."""
+        if stage == "fit":
+            self._started_s.pop("train", None)
+            self._ended_s.pop("train", None)
+            self._before_s = 0.0
+            self._told = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop a run whose time was up before."""
+        self._check(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training begins."""
+        self._begin("train")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training is over."""
+        self._ended_s["train"] = monotonic()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation begins."""
+        self._begin("validate")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation is over."""
+        self._ended_s["validate"] = monotonic()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The test begins."""
+        self._begin("test")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The test is over."""
+        self._ended_s["test"] = monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the clock."""
+        self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the clock."""
+        self._check(trainer)
+
+    def _begin(self, stage: str) -> None:
+        self._started_s[stage] = monotonic()
+        self._ended_s.pop(stage, None)
+
+    def _check(self, trainer: Trainer) -> None:
+        if self._duration_s is None:
+            return
+        elapsed_s = self.time_elapsed()
+        over = elapsed_s >= self._duration_s
+        if trainer.world_size > 1:
+            over = trainer.strategy.broadcast(over)
+        if not over:
+            return
+        trainer.should_stop = True
+        if self._verbose and not self._told:
+            rank_zero_info(
+                f"the time for training is up: {timedelta(seconds=int(elapsed_s))} of "
+                f"{timedelta(seconds=int(self._duration_s))}; training stops"
+            )
+        self._told = True
+
+    # -- over resumes ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds that each stage has taken."""
+        return {"time_elapsed": {stage: self.time_elapsed(stage) for stage in _STAGES}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on from the time that training had taken."""
+        self._before_s = float(state_dict.get("time_elapsed", {}).get("train", 0.0))
+
+
+def _known(stage: str) -> str:
+    if str(stage) not in _STAGES:
+        raise ConfigError(f"Timer knows no stage {str(stage)!r}: expected one of {', '.join(_STAGES)}.")
+    return str(stage)
