@@ -5,14 +5,22 @@ Names are loaded when they are first used (PEP 562), so that ``import holdfast``
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from holdfast.utilities.lazy import lazily
 
 if TYPE_CHECKING:
+    from holdfast import accelerators as accelerators
     from holdfast import callbacks as callbacks
+    from holdfast import core as core
     from holdfast import loggers as loggers
+    from holdfast import plugins as plugins
+    from holdfast import profilers as profilers
+    from holdfast import strategies as strategies
+    from holdfast import trainer as trainer
     from holdfast import utilities as utilities
     from holdfast.callbacks.base import Callback as Callback
+    from holdfast.errors import ArgumentError as ArgumentError
     from holdfast.errors import CheckpointCorrupt as CheckpointCorrupt
     from holdfast.errors import CheckpointError as CheckpointError
     from holdfast.errors import CheckpointIncompatible as CheckpointIncompatible
@@ -24,12 +32,13 @@ if TYPE_CHECKING:
     from holdfast.errors import StorageError as StorageError
     from holdfast.training.datamodule import LightningDataModule as LightningDataModule
     from holdfast.training.module import LightningModule as LightningModule
-    from holdfast.training.rng import seed_everything as seed_everything
     from holdfast.training.trainer import Trainer as Trainer
+    from holdfast.utilities.seed import seed_everything as seed_everything
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ArgumentError": "holdfast.errors",
     "Callback": "holdfast.callbacks.base",
     "CheckpointCorrupt": "holdfast.errors",
     "CheckpointError": "holdfast.errors",
@@ -43,23 +52,18 @@ _HOMES = {
     "LightningModule": "holdfast.training.module",
     "StorageError": "holdfast.errors",
     "Trainer": "holdfast.training.trainer",
-    "seed_everything": "holdfast.training.rng",
+    "accelerators": ".accelerators",
+    "callbacks": ".callbacks",
+    "core": ".core",
+    "loggers": ".loggers",
+    "plugins": ".plugins",
+    "profilers": ".profilers",
+    "seed_everything": "holdfast.utilities.seed",
+    "strategies": ".strategies",
+    "trainer": ".trainer",
+    "utilities": ".utilities",
 }
-_MODULES = ("callbacks", "loggers", "utilities")
 
-__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
+__all__ = sorted([*_HOMES, "__version__"])
 
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"holdfast.{name}")
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

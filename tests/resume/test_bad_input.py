@@ -218,7 +218,9 @@ class TestParametersThatDoNotFit:
             "epoch=1-step=4.ckpt does not fit Net. Keys 3 of another shape:\n"
             "  first.weight: (4, 3) in the file, (5, 3) in the model\n"
             "  first.bias: (4,) in the file, (5,) in the model\n"
-            "  second.weight: (1, 4) in the file, (1, 5) in the model"
+            "  second.weight: (1, 4) in the file, (1, 5) in the model\n"
+            "Build the model with the arguments it was trained with; or remove these keys in on_load_checkpoint "
+            "and load with strict=False."
         )
 
     def test_shapes_are_checked_even_with_strict_false(self, newest: Path) -> None:
@@ -309,12 +311,14 @@ class TestTrainerArguments:
     def test_nearest_name(self) -> None:
         with pytest.raises(errors.ConfigError) as caught:
             pl.Trainer(max_epoch=3)
-        assert str(caught.value) == "Trainer() has no argument 'max_epoch'. Did you mean 'max_epochs'?"
+        assert str(caught.value) == (
+            "Trainer() got an unexpected keyword argument 'max_epoch'. Did you mean 'max_epochs'?"
+        )
 
     def test_nothing_near(self) -> None:
         with pytest.raises(errors.ConfigError) as caught:
             pl.Trainer(zzz=3)
-        assert str(caught.value).startswith("Trainer() has no argument 'zzz'. It takes ")
+        assert str(caught.value).startswith("Trainer() got an unexpected keyword argument 'zzz'. It takes ")
         assert "max_epochs" in str(caught.value)
 
     @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import holdfast as pl
 from holdfast.training import rng
-from holdfast.training.data import BatchStream, batch_size_of, flatten_loaders, move_to_device
+from holdfast.training.data import BatchStream, batch_size_of, move_to_device
 
 
 class Recorded(Dataset[Any]):
@@ -99,6 +99,45 @@ def test_draws_in_a_dataset_leave_the_runs_generators_alone() -> None:
     assert (torch.rand(3).tolist(), random.random(), numpy.random.rand()) == expected
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("position", [1, 2, 3, 4])
+def test_a_samplers_own_generator_goes_on_where_it_was(position: int, workers: int) -> None:
+    """An incomplete last batch ends the sampler, which then draws once more, when that batch is fetched."""
+
+    def made() -> BatchStream:
+        generator = torch.Generator().manual_seed(5)
+        sampler = RandomSampler(range(7), generator=generator)
+        return stream_of(DataLoader(Recorded(7), batch_size=2, sampler=sampler, num_workers=workers))
+
+    whole = made()
+    epoch = whole.start(0)
+    first = [next(epoch).tolist() for _ in range(position)]
+    state = whole.state(mid_epoch=True)
+    first += [batch.tolist() for batch in epoch]
+    second = [batch.tolist() for batch in whole.start(1)]
+    resumed = made()
+    rest = resumed.resume(0, position, state, nothing_left=False)
+    assert [batch.tolist() for batch in rest] == first[position:]
+    assert [batch.tolist() for batch in resumed.start(1)] == second
+
+
+def test_a_loader_that_draws_for_each_batch_goes_on_where_it_was() -> None:
+    class Drawn:
+        def __init__(self) -> None:
+            self.generator = torch.Generator().manual_seed(3)
+
+        def __iter__(self) -> Iterator[Any]:
+            return (torch.rand(1, generator=self.generator) for _ in range(5))
+
+    stream = stream_of(Drawn())
+    epoch = stream.start(0)
+    whole = [next(epoch).item() for _ in range(2)]
+    state = stream.state(mid_epoch=True)
+    whole += [batch.item() for batch in epoch]
+    rest = stream_of(Drawn()).resume(0, 2, state, nothing_left=False)
+    assert [batch.item() for batch in rest] == whole[2:]
+
+
 def test_an_iterable_is_replayed_with_the_same_draws() -> None:
     class Stream(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
@@ -158,15 +197,6 @@ def test_data_that_ends_before_the_position_is_named() -> None:
 )
 def test_batch_size(batch: Any, size: int) -> None:
     assert batch_size_of(batch) == size
-
-
-def test_several_loaders_and_one_that_is_a_list_of_batches() -> None:
-    loader = DataLoader(TensorDataset(torch.zeros(2)))
-    assert flatten_loaders([loader, loader]) == [loader, loader]
-    assert flatten_loaders({"a": loader}) == [loader]
-    batches = [torch.zeros(2), torch.ones(2)]
-    assert flatten_loaders(batches) == [batches]
-    assert flatten_loaders(None) == []
 
 
 def test_moving_keeps_containers() -> None:

@@ -10,6 +10,7 @@ import torch
 
 import holdfast as pl
 from holdfast.callbacks import ModelCheckpoint
+from holdfast.callbacks.prediction_writer import BasePredictionWriter
 from tests.training.toys import Toy, rows, trainer
 
 
@@ -43,6 +44,98 @@ def test_predictions() -> None:
     assert run.predictions == expected
     assert run.predict(Evaluated(), [rows(count=4), rows(count=8)]) == [[[0, 1, 2, 3]], expected]
     assert run.predict(Evaluated(), rows(), return_predictions=False) is None
+
+
+def test_a_writer_gets_the_rows_of_each_batch() -> None:
+    written: list[Any] = []
+
+    class Writer(BasePredictionWriter):
+        def write_on_batch_end(
+            self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, *others: Any
+        ) -> None:
+            written.append((prediction, batch_indices))
+
+        def write_on_epoch_end(
+            self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any
+        ) -> None:
+            written.append((list(predictions), [list(rows) for rows in batch_indices]))
+
+    for workers in (0, 2):
+        written.clear()
+        run = trainer(callbacks=Writer("batch_and_epoch"))
+        loader = rows(count=5, batch_size=2, shuffle=True, num_workers=workers, drop_last=True)
+        run.predict(Evaluated(), loader, return_predictions=False)
+        assert sorted(row for _, indices in written[:-1] for row in indices) == [0, 1, 2, 3, 4]
+        assert all(prediction == indices for prediction, indices in written[:-1])
+        everything = [prediction for prediction, _ in written[:-1]]
+        assert written[-1] == (everything, [everything])
+        assert run.predict_loop.current_batch_indices == everything[-1]
+        assert run.predict_loop.predictions == []
+
+
+def test_data_without_rows_has_no_indices() -> None:
+    class Writer(BasePredictionWriter):
+        def write_on_batch_end(
+            self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, *others: Any
+        ) -> None:
+            assert batch_indices == []
+
+    batches = [(torch.zeros(1, 3), torch.tensor([7])), (torch.zeros(1, 3), torch.tensor([8]))]
+    assert trainer(callbacks=Writer()).predict(Evaluated(), batches) == [[7], [8]]
+
+
+def test_predictions_are_there_when_the_epoch_ends() -> None:
+    seen: list[Any] = []
+
+    class Looking(pl.Callback):
+        def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            seen.append(trainer.predict_loop.predictions)
+
+    class Silent(Evaluated):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return None if batch_idx else batch[1].tolist()
+
+    run = trainer(callbacks=Looking())
+    assert run.predict(Silent(), rows(8)) == [[0, 1, 2, 3], None]
+    assert run.predict(Silent(), {"a": rows(4), "b": rows(8)}) == [[[0, 1, 2, 3]], [[0, 1, 2, 3], None]]
+    assert seen == [[[0, 1, 2, 3], None], [[[0, 1, 2, 3]], [[0, 1, 2, 3], None]]]
+
+
+def test_hooks_and_steps_take_what_they_name() -> None:
+    called: list[Any] = []
+
+    class Few(Toy):
+        def validation_step(self, batch: Any) -> None: ...
+        def on_validation_batch_start(self, batch: Any, batch_idx: int) -> None:
+            called.append(batch_idx)
+
+    class Insisting(Toy):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+            called.append((batch_idx, dataloader_idx))
+
+        def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, *rest: Any) -> None:
+            called.append(rest)
+
+    trainer().validate(Few(), rows(8), verbose=False)
+    trainer().validate(Few(), [rows(4), rows(4)], verbose=False)
+    assert called == [0, 1, 0, 0]
+    called.clear()
+    trainer().validate(Insisting(), rows(4), verbose=False)
+    trainer().validate(Insisting(), [rows(4), rows(4)], verbose=False)
+    assert called == [(0, 0), (), (0, 0), (0,), (0, 1), (1,)]
+
+
+@pytest.mark.parametrize("loaders", [rows(0), [rows(0), rows(0)]])
+def test_nothing_happens_without_a_batch(loaders: Any) -> None:
+    class Refusing(Evaluated):
+        def on_validation_start(self) -> None:
+            raise AssertionError
+
+        on_predict_start = on_validation_start
+
+    assert trainer().validate(Refusing(), loaders, verbose=False) == []
+    assert trainer().predict(Refusing(), loaders) == []
+    assert trainer(limit_val_batches=0).validate(Refusing(), rows(), verbose=False) == []
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

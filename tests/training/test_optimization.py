@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 import holdfast as pl
 from holdfast.training.configured import LRSchedulerConfig, read_configuration
+from holdfast.training.optimizer import LightningOptimizer
+from holdfast.utilities.enums import GradClipAlgorithmType
 from tests.training.toys import Toy, rows, trainer
 
 
@@ -194,6 +197,7 @@ class TestAutomatic:
             'Log it, or set "strict": False in the scheduler\'s configuration.'
         )
 
+    @pytest.mark.filterwarnings("ignore:.* is the spelling of 1.x:DeprecationWarning")
     @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16", 16])
     def test_mixed_precision_computes_in_it_and_keeps_full_weights(self, precision: Any) -> None:
         dtypes = set()
@@ -278,3 +282,148 @@ class TestManual:
             str(refused.value)
             == "self.manual_backward(loss) needs self.automatic_optimization = False in __init__."
         )
+
+
+class TestWhatCannotBeTrained:
+    @pytest.mark.parametrize("hook", [False, True], ids=["plain", "with a hook"])
+    def test_a_loss_that_nothing_had_a_part_in(self, hook: bool) -> None:
+        class Detached(Toy):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return self.loss(batch).detach()
+
+        if hook:
+            Detached.on_after_backward = lambda self: None  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError) as refused:
+            trainer().fit(Detached(), rows())
+        assert str(refused.value) == (
+            "The loss of Detached.training_step does not require grad and does not have a grad_fn: no parameter "
+            "that is trained had a part in it. Was it detached, computed under no_grad, or is everything frozen?"
+        )
+
+    @pytest.mark.parametrize(
+        ("output", "found"),
+        [
+            ("text", "str"),
+            (1.0, "float"),
+            ([1], "list"),
+            ({"lost": 1}, "a dict without it"),
+            ({"loss": 1.0}, 'a dict with "loss": float'),
+        ],
+    )
+    def test_an_output_without_a_loss(self, output: Any, found: str) -> None:
+        model = Toy()
+        model.training_step = lambda batch, batch_idx: output  # type: ignore[method-assign]
+        with pytest.raises(pl.ConfigError) as refused:
+            trainer().fit(model, rows())
+        assert str(refused.value) == (
+            'Toy.training_step must return the loss as a tensor, a dict with the key "loss", or None, '
+            f"found {found}."
+        )
+
+    def test_an_output_of_manual_optimization(self) -> None:
+        class Counts(Adversaries):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return 3
+
+        with pytest.raises(pl.ConfigError) as refused:
+            trainer().fit(Counts(), rows())
+        assert str(refused.value) == (
+            "Counts.training_step with manual optimization must return a tensor, a dict or None, found int."
+        )
+
+    def test_a_closure_that_cannot_be_called(self) -> None:
+        class Wrong(Toy):
+            def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+                optimizer.step(closure=3)
+
+        with pytest.raises(pl.ConfigError) as refused:
+            trainer().fit(Wrong(), rows())
+        assert str(refused.value) == (
+            "optimizer.step(closure=3): expected a function without arguments, or None, found int."
+        )
+
+    def test_an_optimizer_step_that_leaves_the_closure_out(self) -> None:
+        class Forgets(Toy):
+            def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+                optimizer.step()
+
+        with pytest.raises(pl.ConfigError, match="Forgets.optimizer_step did not run optimizer_closure"):
+            trainer().fit(Forgets(), rows())
+
+    @pytest.mark.parametrize(
+        ("given", "passed", "message"),
+        [
+            (
+                {"gradient_clip_val": 1.0},
+                {"gradient_clip_val": 0.5},
+                "Trainer(gradient_clip_val=1.0) and clip_gradients(gradient_clip_val=0.5) contradict each other. "
+                "Leave one of them out.",
+            ),
+            (
+                {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+                {"gradient_clip_algorithm": GradClipAlgorithmType.NORM},
+                "Trainer(gradient_clip_algorithm='value') and clip_gradients(gradient_clip_algorithm='norm') "
+                "contradict each other. Leave one of them out.",
+            ),
+            (
+                {},
+                {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "mean"},
+                "gradient_clip_algorithm must be 'norm' or 'value', found 'mean'.",
+            ),
+        ],
+    )
+    def test_clipping_that_contradicts_itself(
+        self, given: dict[str, Any], passed: dict[str, Any], message: str
+    ) -> None:
+        class Clips(Toy):
+            def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+                self.clip_gradients(optimizer, **passed)
+
+        with pytest.raises(pl.ConfigError) as refused:
+            trainer(**given).fit(Clips(), rows())
+        assert str(refused.value) == message
+
+
+class TestWrappedOptimizer:
+    def test_by_itself_it_is_the_one_inside(self) -> None:
+        inside = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+        wrapped = LightningOptimizer(inside)
+        inside.param_groups[0]["params"][0].grad = torch.ones(2)
+        wrapped.step()
+        assert wrapped.state_dict() == inside.state_dict()
+        wrapped.zero_grad()
+        assert inside.param_groups[0]["params"][0].grad is None
+        wrapped.load_state_dict({**inside.state_dict(), "state": {}})
+        assert inside.state == {}, "what it loads is the optimizer's, not its own"
+        with pytest.raises(AttributeError):
+            wrapped.no_such_thing
+        with pytest.raises(pl.ConfigError) as refused, wrapped.toggle_model():
+            pass
+        assert str(refused.value) == "optimizer.toggle_model() works inside of trainer.fit only."
+
+    def test_a_copy_is_whole(self) -> None:
+        wrapped = LightningOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.5))
+        copied = copy.deepcopy(wrapped)
+        assert type(copied) is LightningOptimizer
+        assert copied.param_groups[0]["lr"] == 0.5
+        assert copied.optimizer is not wrapped.optimizer
+
+    def test_what_a_method_of_the_optimizer_sets_is_the_optimizers(self) -> None:
+        class Counting(torch.optim.SGD):
+            count = 0
+
+            def counted(self) -> None:
+                self.count += 1
+
+        inside = Counting([torch.nn.Parameter(torch.ones(2))], lr=0.5)
+        LightningOptimizer(inside).counted()
+        assert inside.count == 1
+
+    def test_an_algorithm_by_its_name(self) -> None:
+        assert GradClipAlgorithmType("value") == "value"
+        assert GradClipAlgorithmType.supported_types() == ["value", "norm"]
+        assert GradClipAlgorithmType.supported_type("norm")
+        assert not GradClipAlgorithmType.supported_type("mean")
+        run = trainer(gradient_clip_val=0.5, gradient_clip_algorithm=GradClipAlgorithmType.VALUE)
+        run.fit(Toy(), rows())
+        assert run.gradient_clip_algorithm == "value"

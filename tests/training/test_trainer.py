@@ -30,8 +30,28 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"max_epoch": 3}, "Trainer() has no argument 'max_epoch'. Did you mean 'max_epochs'?"),
-            ({"profiler": "simple"}, "Trainer(profiler=...) is not there. Use torch.profiler around fit."),
+            (
+                {"profiler": "fast"},
+                "Trainer(profiler='fast'): expected one of 'simple', 'advanced', 'pytorch', or a Profiler.",
+            ),
+            ({"fast_dev_run": -1}, "Trainer(fast_dev_run=-1): expected True, False or a number of batches."),
+            (
+                {"reload_dataloaders_every_n_epochs": -1},
+                "Trainer(reload_dataloaders_every_n_epochs=-1): expected an int of at least 0.",
+            ),
+            (
+                {"gradient_clip_val": "x"},
+                "Trainer(gradient_clip_val='x'): expected a number, found str.",
+            ),
+            (
+                {"sync_batchnorm": True},
+                "Trainer(sync_batchnorm=True) has a meaning with several processes only, and there is one so far.",
+            ),
+            (
+                {"model_registry": "mine"},
+                "Trainer(model_registry='mine') is not there. Upload checkpoints in a logger's "
+                "after_save_checkpoint.",
+            ),
             (
                 {"limit_train_batches": 1.5},
                 "Trainer(limit_train_batches=1.5): a fraction is at most 1.0; for a number of batches give an int.",
@@ -48,15 +68,6 @@ class TestArguments:
             (
                 {"devices": 2},
                 "Trainer(devices=2): one process on one device is what there is so far. Use devices=1.",
-            ),
-            ({"strategy": "ddp"}, "Trainer(strategy='ddp'): 'auto' is what there is so far."),
-            (
-                {"accelerator": "tpu"},
-                "Trainer(accelerator='tpu'): expected one of 'auto', 'cpu', 'gpu', 'cuda', 'mps'.",
-            ),
-            (
-                {"precision": "8-bit"},
-                "Trainer(precision='8-bit'): expected one of '32-true', 'bf16-mixed', '16-mixed'.",
             ),
             (
                 {"gradient_clip_algorithm": "median"},

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Callback, Checkpoint
-from holdfast.errors import ConfigError
+from holdfast.errors import ArgumentError, ConfigError
+from holdfast.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from holdfast.loggers.base import Logger
-
-# Arguments that Lightning's Trainer takes and this one does not, and what to do instead.
-_NOT_TAKEN = {
-    "profiler": "Use torch.profiler around fit.",
-    "plugins": "Choose the precision by precision=.",
-    "sync_batchnorm": "It has a meaning with several processes only, and there is one so far.",
-    "use_distributed_sampler": "It has a meaning with several processes only, and there is one so far.",
-    "overfit_batches": "Use limit_train_batches=.",
-    "max_time": "Use max_steps= or max_epochs=.",
-    "barebones": "Use logger=False, enable_checkpointing=False, enable_progress_bar=False, "
-    "enable_model_summary=False.",
-    "reload_dataloaders_every_n_epochs": "Use a dataset that changes with its sampler's set_epoch.",
-    "model_registry": "",
-}
-
-
-def refuse_unknown(unknown: Iterable[str], known: Sequence[str]) -> None:
-    """Raise for arguments that do not exist, naming the nearest that does.
-
-    Raises:
-        ConfigError: if there are any.
-    """
-    for name in unknown:
-        if name in _NOT_TAKEN:
-            raise ConfigError(f"Trainer({name}=...) is not there. {_NOT_TAKEN[name]}".rstrip())
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {nearest[0]!r}?" if nearest else f"It takes {', '.join(known)}."
-        raise ConfigError(f"Trainer() has no argument {name!r}. {hint}")
 
 
 def check_limit(name: str, value: int | float | None) -> int | float:
@@ -72,6 +44,75 @@ def check_count(name: str, value: Any, *, least: int) -> Any:
     return value
 
 
+def check_one_source(method: str, datamodule: Any, *loaders: Any) -> None:
+    """Refuse a datamodule together with loaders: only one of them could be meant.
+
+    Raises:
+        ConfigError: both were given.
+    """
+    if datamodule is not None and any(loader is not None for loader in loaders):
+        raise ConfigError(
+            f"trainer.{method} was given a datamodule and loaders as well. Leave out one of the two."
+        )
+
+
+def check_fast_dev_run(value: Any) -> int:
+    """Batches of a trial run; 0 for a real one.
+
+    Raises:
+        ConfigError: it is not a count.
+    """
+    if not isinstance(value, (bool, int)) or value < 0:
+        raise ConfigError(f"Trainer(fast_dev_run={value!r}): expected True, False or a number of batches.")
+    return int(value)
+
+
+def check_clipping(value: Any, algorithm: Any) -> None:
+    """Refuse what gradients cannot be clipped by.
+
+    Raises:
+        ArgumentError: the value is no number.
+        ConfigError: the algorithm is neither "norm" nor "value".
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ArgumentError(
+            f"Trainer(gradient_clip_val={value!r}): expected a number, found {type(value).__name__}."
+        )
+    if algorithm not in (None, "norm", "value"):
+        raise ConfigError(f"Trainer(gradient_clip_algorithm={algorithm!r}): expected 'norm' or 'value'.")
+
+
+def check_single_process(sync_batchnorm: bool, model_registry: str | None) -> None:
+    """Refuse what has a meaning with several processes only, or with services that there are not.
+
+    Raises:
+        ConfigError: something of that is asked for.
+    """
+    if sync_batchnorm:
+        raise ConfigError(
+            "Trainer(sync_batchnorm=True) has a meaning with several processes only, and there is one so far."
+        )
+    if model_registry is not None:
+        raise ConfigError(
+            f"Trainer(model_registry={model_registry!r}) is not there. Upload checkpoints in a logger's "
+            "after_save_checkpoint."
+        )
+
+
+def check_barebones(**given: Any) -> None:
+    """Refuse what ``barebones=True`` is there to leave out.
+
+    Raises:
+        ConfigError: something of it is asked for.
+    """
+    for name, value in given.items():
+        if value:
+            raise ConfigError(
+                f"Trainer(barebones=True, {name}={value!r}): barebones leaves that out, to show what a step "
+                "costs without anything. Leave one of the two out."
+            )
+
+
 def make_loggers(logger: Any, default_root_dir: str, fast_dev_run: int) -> list[Logger]:
     """The loggers that ``Trainer(logger=...)`` means; with fast_dev_run one that keeps nothing."""
     if logger is False:
@@ -84,7 +125,16 @@ def make_loggers(logger: Any, default_root_dir: str, fast_dev_run: int) -> list[
         from holdfast.loggers.csv import CSVLogger
 
         return [CSVLogger(default_root_dir)]
-    return list(logger) if isinstance(logger, Iterable) else [logger]
+    from holdfast.loggers.base import Logger
+
+    loggers = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
+    for one in loggers:
+        if not isinstance(one, Logger):
+            raise ConfigError(
+                f"Trainer(logger=...): expected a logger, several, True or False, found {one!r}. Derive a "
+                "logger of your own from holdfast.loggers.Logger."
+            )
+    return loggers
 
 
 def make_callbacks(
@@ -94,6 +144,7 @@ def make_callbacks(
     progress_bar: bool | None,
     summary: bool | None,
     fast_dev_run: int,
+    max_time: Any = None,
 ) -> list[Callback]:
     """The user's callbacks and the defaults that they do not replace; those that save come last.
 
@@ -109,6 +160,7 @@ def make_callbacks(
                 f"{type(callback).__name__}."
             )
     from holdfast.callbacks.model_summary import ModelSummary
+    from holdfast.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
     from holdfast.callbacks.progress_bar import ProgressBar
 
     has_checkpoint = any(isinstance(c, Checkpoint) for c in callbacks)
@@ -117,7 +169,9 @@ def make_callbacks(
             "Trainer(enable_checkpointing=False) contradicts the checkpoint callback among callbacks=. "
             "Leave one out."
         )
-    if checkpointing is not False and not has_checkpoint:
+    # One that saves only when an exception ends the run does not stand in for the one that saves as it goes.
+    saves = any(isinstance(c, Checkpoint) and not isinstance(c, OnExceptionCheckpoint) for c in callbacks)
+    if checkpointing is not False and not saves:
         from holdfast.callbacks.model_checkpoint import ModelCheckpoint
 
         callbacks.append(ModelCheckpoint())
@@ -132,6 +186,13 @@ def make_callbacks(
         callbacks.append(default_progress_bar())
     if summary is not False and not fast_dev_run and not any(isinstance(c, ModelSummary) for c in callbacks):
         callbacks.append(ModelSummary())
+    if max_time is not None:
+        from holdfast.callbacks.timer import Timer
+
+        if any(isinstance(c, Timer) for c in callbacks):
+            rank_zero_warn("Trainer(max_time=...) is left out: the Timer among callbacks= says how long.")
+        else:
+            callbacks.append(Timer(duration=max_time))
     return ordered(callbacks)
 
 

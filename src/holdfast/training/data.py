@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,93 +19,8 @@ from torch.utils.data.dataloader import default_collate
 
 from holdfast.errors import CheckpointIncompatible
 from holdfast.training import rng
-
-
-def _seed_and_return(seed: int, indices: Any) -> Any:
-    rng.seed_generators(seed)
-    return indices
-
-
-class _SeededIndices:
-    """Indices on their way to a worker: unpickling them there seeds the worker for this one batch.
-
-    The seed travels with the batch, so it holds for forked, spawned and persistent workers alike, and for
-    whichever of them gets the batch. (Wrapping the dataset would not: users reach it in their own code.)
-    """
-
-    __slots__ = ("indices", "seed")
-
-    def __init__(self, seed: int, indices: Any) -> None:
-        self.seed = seed
-        self.indices = indices
-
-    def __reduce__(self) -> tuple[Callable[[int, Any], Any], tuple[int, Any]]:
-        return _seed_and_return, (self.seed, self.indices)
-
-
-class _SeededSampler:
-    """Stands in for a loader's (batch) sampler: skips to the position and seeds each batch."""
-
-    def __init__(self, inner: Any, stream: BatchStream) -> None:
-        self._inner = inner
-        self._stream = stream
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __iter__(self) -> Iterator[Any]:
-        # A generator, so that all of this happens when the first batch is asked for: DataLoader calls this
-        # twice for the first epoch of its workers.
-        stream = self._stream
-        inner = iter(self._inner)
-        # DataLoader draws one number from the run's generator for its workers: when they are started, so not
-        # in later epochs of persistent ones, which a run that resumes there could not follow. The copy draws
-        # its own from elsewhere; this one keeps the order of rows that torch gives for the same seed.
-        _draw_as_a_loader_does(stream.loader)
-        if stream.has_foreign_sampler:
-            inner = self._apart(inner)
-        batch = stream.position
-        end = object()
-        for _ in range(batch):
-            if next(inner, end) is end:
-                return
-        base = stream.seed_base
-        if stream.workers:
-            for indices in inner:
-                yield _SeededIndices(rng.mix(base, batch), indices)
-                batch += 1
-        elif stream.isolated:
-            # The sampler draws from the run's own generators; the fetch that follows a yield, in this
-            # process, must not. `BatchStream` leaves the isolation when the batch is there.
-            enter = stream.isolation.enter
-            for indices in inner:
-                enter(rng.mix(base, batch))
-                yield indices
-                batch += 1
-        else:
-            yield from inner
-
-    def _apart(self, inner: Iterator[Any]) -> Iterator[Any]:
-        """A user's sampler may draw as it goes, between the model's draws and ahead of them with workers.
-
-        So it draws from the run's generators for the first batch, as torch's own do for the whole epoch, and
-        from a stream of its own after that.
-        """
-        base, isolation = rng.derive(self._stream.seed_base, "sampler"), rng.Isolation()
-        end = object()
-        item, count = next(inner, end), 0
-        while item is not end:
-            yield item
-            count += 1
-            isolation.enter(rng.mix(base, count))
-            try:
-                item = next(inner, end)
-            finally:
-                isolation.leave()
-
-
-def _draw_as_a_loader_does(loader: DataLoader[Any]) -> None:
-    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+from holdfast.training.seeded import SeededSampler, draw_as_a_loader_does
+from holdfast.utilities.combined_loader import length_of
 
 
 def _never_draws(loader: DataLoader[Any]) -> bool:
@@ -114,6 +30,9 @@ def _never_draws(loader: DataLoader[Any]) -> bool:
         dataset = dataset.dataset
     parts = dataset.datasets if type(dataset) is ConcatDataset else [dataset]
     return all(type(part) is TensorDataset for part in parts) and loader.collate_fn is default_collate
+
+
+_AT_START = object()
 
 
 def _has_state(owner: Any) -> bool:
@@ -143,6 +62,11 @@ class BatchStream:
         self._begin: dict[str, Any] | None = None
         self._running: Any = None
         self._position_state: Any = None
+        self._ahead = False
+        """Whether the loop has fetched one batch more than it will have used."""
+        self._order: SeededSampler | None = None
+        self.rows: deque[list[Any]] | None = None
+        """The dataset's rows of each batch on its way, oldest first; None unless `note_rows` was called."""
         self.stateful = _has_state(loader)
         self.seekable = False
         self.has_foreign_sampler = False
@@ -166,7 +90,8 @@ class BatchStream:
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
         # DataLoader forbids setting these after construction, since its own state would go stale; in a
         # shallow copy that has not been iterated yet there is none.
-        seeded.__dict__[name] = _SeededSampler(getattr(loader, name), self)
+        self._order = SeededSampler(getattr(loader, name), self)
+        seeded.__dict__[name] = self._order
         seeded.__dict__["_iterator"] = None
         seeded.__dict__["generator"] = torch.Generator()
         return seeded
@@ -181,10 +106,12 @@ class BatchStream:
 
     def length(self) -> int | None:
         """Number of batches in an epoch, or None where the loader cannot tell."""
-        try:
-            return len(self.loader)
-        except (TypeError, NotImplementedError):
-            return None
+        return length_of(self.loader)
+
+    def note_rows(self) -> None:
+        """From the next epoch on, keep the rows of each batch in ``rows``, where it has any."""
+        if self.seekable and getattr(self.loader, "in_order", True):
+            self.rows = deque()
 
     # -- the state of the data at the start of an epoch, and its position -----------------------------------
 
@@ -215,6 +142,11 @@ class BatchStream:
                 state["samplers"][path] = copy.deepcopy(owner.state_dict())
         return state
 
+    def note_begin(self) -> None:
+        """Remember the state that this epoch's order is about to be drawn from."""
+        if self._begin is None:
+            self._begin = {**self.begin_state(), "loader_drew": True}
+
     def restore_begin(self, state: dict[str, Any]) -> None:
         """Put the loader's own generators and samplers back (the global ones are the caller's)."""
         for path, owner in self._samplers().items():
@@ -231,18 +163,33 @@ class BatchStream:
         state: dict[str, Any] = {"now": now, "batch_size": getattr(self.loader, "batch_size", None)}
         if mid_epoch:
             state["begin"] = self._begin
+            state["ahead"] = self._ahead
             if self.stateful:
                 ahead = self._position_state
-                state["loader"] = self.loader.state_dict() if ahead is None else ahead
+                if ahead is not _AT_START:
+                    state["loader"] = self.loader.state_dict() if ahead is None else ahead
         return state
 
     # -- iterating -----------------------------------------------------------------------------------------
 
-    def start(self, epoch: int) -> Iterator[Any]:
-        """Begin epoch (or validation run) number ``epoch``, from 0, and return its batches."""
-        self._seed(epoch)
+    def start(self, epoch: int, again: int = 0) -> Iterator[Any]:
+        """Begin epoch (or validation run) number ``epoch``, from 0, and return its batches.
+
+        Args:
+            epoch: The epoch.
+            again: How often the data was begun in this epoch before: beside longer data it goes round.
+        """
+        self._seed(epoch, again)
         self.position = 0
-        self._begin = self.begin_state()
+        self._begin = None
+        self._ahead = False
+        if self._order is not None:
+            self._order.sought = None
+            # DataLoader draws one number from the run's generator for its workers: when they are started, so
+            # not in later epochs of persistent ones, which a run that resumes there could not follow. The
+            # copy draws its own from elsewhere; this one keeps the order of rows that torch gives for the
+            # same seed.
+            draw_as_a_loader_does(self.loader)
         return self._batches(0)
 
     def resume(
@@ -262,29 +209,62 @@ class BatchStream:
         Raises:
             CheckpointIncompatible: the data ended before ``position`` was reached.
         """
-        self._seed(epoch)
+        batches = self.seek(epoch, position, state, nothing_left=nothing_left)
+        batches = self.catch_up(batches)
+        self.put_back(state, nothing_left=nothing_left)
+        return batches
+
+    def seek(
+        self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool, again: int = 0
+    ) -> Iterator[Any]:
+        """The first step of `resume`: draw the epoch's order again, and go to the position."""
+        self._seed(epoch, again)
         self._begin = state["begin"]
+        self._ahead = bool(state.get("ahead")) and not nothing_left
         if nothing_left:
-            self.restore_begin(state["now"])
             return iter(())
         self.position = position if self.seekable else 0
         rng.restore(state["begin"]["generators"])
         self.restore_begin(state["begin"])
         if self.stateful and "loader" in state:
             self.loader.load_state_dict(state["loader"])
-        batches = self._batches(position)
-        if self.stateful:
+        if self._order is not None:
+            if not state["begin"].get("loader_drew"):
+                draw_as_a_loader_does(self.loader)
+            self._order.seek()
+        # A loader with a state of its own stands at the position already.
+        batches = self._batches(position if self.stateful else 0)
+        if not self.seekable and not self.stateful:
+            self._replay(batches, position)
+        return batches
+
+    def _replay(self, batches: Iterator[Any], count: int) -> None:
+        end = object()
+        for index in range(count):
+            if next(batches, end) is end:
+                raise CheckpointIncompatible(
+                    f"The checkpoint is {count} batches into the epoch, but the training data ended after "
+                    f"{index}. Give the run the data it was started with."
+                )
+
+    def catch_up(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The second step of `resume`: if the loop was one batch ahead, fetch that one."""
+        if self.stateful or not self._ahead:
             return batches
-        # Samplers draw their order when the first batch is asked for, so that has to happen now, while the
-        # generators are those of the epoch's start.
         end = object()
         first = next(batches, end)
-        # By now the order is drawn, and what else was drawn from the same generators since is made up for.
-        self.restore_begin(state["now"])
         return iter(()) if first is end else itertools.chain((first,), batches)
 
-    def _seed(self, epoch: int) -> None:
-        self.seed_base = rng.derive(*self._seed_parts, epoch)
+    def put_back(self, state: dict[str, Any], *, nothing_left: bool) -> None:
+        """The last step of `resume`: what the loader owns and draws from goes on from where it was."""
+        # Until it is fetched from, a loader with a state of its own may still need what that restored.
+        if nothing_left or not self.stateful:
+            self.restore_begin(state["now"])
+
+    def _seed(self, epoch: int, again: int) -> None:
+        self.seed_base = rng.derive(*self._seed_parts, epoch, *([again] if again else []))
+        if self.rows is not None:
+            self.rows.clear()
         for sampler in self._samplers().values():
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
@@ -299,13 +279,19 @@ class BatchStream:
         if self._iterable is not self.loader:
             self._iterable.__dict__["_iterator"] = None
 
-    def _batches(self, position: int) -> Iterator[Any]:
-        if not self.seekable:
-            # A loader with a state of its own stands at the position already.
-            return self._replayed(0, position) if self.stateful else self._replayed(position, 0)
-        self._iterable.generator.manual_seed(self.seed_base)
+    def _batches(self, first: int) -> Iterator[Any]:
+        """The batches from the sampler's position on; or an iterable's, of which the next is ``first``."""
+        if self.seekable:
+            self._iterable.generator.manual_seed(self.seed_base)
+            self._running = iter(self._iterable)
+            return self._leaving(self._running) if self.isolated else self._running
+        if self._begin is None:
+            self._begin = self.begin_state()
+        if self._iterable is not self.loader:
+            self._iterable.generator.manual_seed(self.seed_base)
+            draw_as_a_loader_does(self.loader)
         self._running = iter(self._iterable)
-        return self._leaving(self._running) if self.isolated else self._running
+        return self._fetched(self._running, first)
 
     def _leaving(self, batches: Iterator[Any]) -> Iterator[Any]:
         leave = self.isolation.leave
@@ -318,56 +304,38 @@ class BatchStream:
                 leave()
             yield batch
 
-    def _replayed(self, skip: int, first: int) -> Iterator[Any]:
-        """An iterable's batches from number ``first`` on, less ``skip``; each is fetched in isolation."""
-        if self._iterable is not self.loader:
-            self._iterable.generator.manual_seed(self.seed_base)
-            _draw_as_a_loader_does(self.loader)
-        self._running = iter(self._iterable)
-        return self._fetched(self._running, skip, first)
-
-    def _fetched(self, batches: Iterator[Any], skip: int, index: int) -> Iterator[Any]:
+    def _fetched(self, batches: Iterator[Any], index: int) -> Iterator[Any]:
+        """An iterable's batches, the next of which is number ``index``; each is fetched in isolation."""
         base, isolation = self.seed_base, self.isolation
-        skip += index
         while True:
             isolation.enter(rng.mix(base, index))
             try:
                 batch = next(batches)
             except StopIteration:
-                if index < skip:
-                    raise CheckpointIncompatible(
-                        f"The checkpoint is {skip} batches into the epoch, but the training data ended after "
-                        f"{index}. Give the run the data it was started with."
-                    ) from None
                 return
             finally:
                 isolation.leave()
             index += 1
-            if index > skip:
-                yield batch
+            yield batch
 
     def look_ahead(self, batches: Iterator[Any], end: Any) -> Any:
         """The next batch, or ``end``, while the position stays before it."""
-        if self.stateful:
-            self._position_state = self.loader.state_dict()
+        self._ahead = True
+        self.note_position()
         return next(batches, end)
 
+    def note_position(self, *, at_start: bool = False) -> None:
+        """Keep the state of a loader that has one: the batch that is about to be fetched counts later.
 
-def flatten_loaders(loaders: Any) -> list[Any]:
-    """The loaders of an evaluation as a list: one loader, a list or tuple of them, or a dict's values."""
-    if loaders is None:
-        return []
-    if isinstance(loaders, dict):
-        return list(loaders.values())
-    if isinstance(loaders, (list, tuple)) and loaders and all(_is_loader(item) for item in loaders):
-        return list(loaders)
-    return [loaders]
+        Args:
+            at_start: It is the first, and the loader need not know yet that it begins again.
+        """
+        if self.stateful:
+            self._position_state = _AT_START if at_start else self.loader.state_dict()
 
-
-def _is_loader(item: Any) -> bool:
-    return isinstance(item, DataLoader) or (
-        isinstance(item, Iterable) and not isinstance(item, (torch.Tensor, str, bytes, tuple, dict))
-    )
+    def finish(self, batches: Iterator[Any]) -> None:
+        """Let the loader do what it does behind its last batch: RandomSampler may draw once more."""
+        next(batches, None)
 
 
 def batch_size_of(batch: Any) -> int:

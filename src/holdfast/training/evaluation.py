@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigError
-from holdfast.training.data import BatchStream, flatten_loaders
-from holdfast.training.hooks import bind, call
+from holdfast.training.combined import CombinedStream, as_one_loader, make_stream
+from holdfast.training.data import BatchStream
+from holdfast.training.hooks import bind, bind_step, call, profiled_items
 from holdfast.training.progress import RunningStage
 from holdfast.training.results import Entry, Results
+from holdfast.training.sources import with_every_row
 from holdfast.training.transfer import make_transfer
+from holdfast.utilities.combined_loader import CombinedLoader, combined_length
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
@@ -26,6 +29,14 @@ _NAMES = {
     RunningStage.VALIDATING: ("validation", "validation_step"),
     RunningStage.TESTING: ("test", "test_step"),
     RunningStage.PREDICTING: ("predict", "predict_step"),
+}
+
+
+# What a profiler calls the fetching of a batch, as Lightning does.
+_FETCHES = {
+    "validation": "[_EvaluationLoop].val_next",
+    "test": "[_EvaluationLoop].test_next",
+    "predict": "[_PredictionLoop].predict_next",
 }
 
 
@@ -54,16 +65,26 @@ def count_batches(length: int | None, limit: int | float, argument: str) -> int 
     return count
 
 
-def arguments_for(step: Callable[..., Any], many_loaders: bool) -> Callable[[Any, int, int], tuple[Any, ...]]:
-    """How to call a step that may leave out ``batch_idx`` or ``dataloader_idx``."""
-    parameters = inspect.signature(step).parameters
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    count = 3 if variadic else len(parameters)
-    if many_loaders and count >= 3:
-        return lambda batch, index, loader: (batch, index, loader)
-    if count >= 2:
-        return lambda batch, index, loader: (batch, index)
-    return lambda batch, index, loader: (batch,)
+def fitted(function: Callable[..., Any], leading: int, loader: int | None) -> Callable[..., Any]:
+    """A step or hook that may leave out ``batch_idx`` or ``dataloader_idx``, to be called with all before it.
+
+    Args:
+        function: The step or hook.
+        leading: How many arguments come before ``dataloader_idx``.
+        loader: The ``dataloader_idx`` to add; None for the only loader, where just a function that insists on
+            one is given 0.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    takes = len(positional)
+    if loader is None and takes > leading and positional[leading].default is inspect.Parameter.empty:
+        loader = 0
+    if not variadic and takes < leading:
+        return lambda *given: function(*given[:takes])
+    if loader is None or not (variadic or takes > leading):
+        return function
+    return lambda *given: function(*given, loader)
 
 
 class EvaluationLoop:
@@ -74,6 +95,9 @@ class EvaluationLoop:
         stage: Which stage.
         loaders: One loader or several.
         limit: The trainer's limit for this stage, and the argument's name for messages.
+
+    Raises:
+        ConfigError: they are to be predicted on, and combined side by side.
     """
 
     def __init__(
@@ -82,38 +106,91 @@ class EvaluationLoop:
         self.trainer = trainer
         self.stage = stage
         self.prefix, self.step_name = _NAMES[stage]
-        self.streams = [
-            BatchStream(loader, stage=self.prefix, index=i, seed=trainer.seed, rank=trainer.global_rank)
-            for i, loader in enumerate(flatten_loaders(loaders))
+        if stage is RunningStage.PREDICTING:
+            loaders = with_every_row(loaders)
+        combined = as_one_loader(loaders, "sequential")
+        self.mode = "sequential"
+        self.loaders = combined.iterables if isinstance(combined, CombinedLoader) else combined
+        """The loaders as they were given, in their nesting."""
+        parts: list[Any] = [combined]
+        if isinstance(combined, CombinedLoader):
+            self.mode = combined.mode
+            if self.mode == "sequential":
+                parts = combined.flattened
+            elif stage is RunningStage.PREDICTING:
+                raise ConfigError(
+                    f'trainer.predict cannot run over a CombinedLoader(mode="{self.mode}"): its batches '
+                    'hold those of several loaders. Take mode="sequential", or give the loaders as a list.'
+                )
+        elif combined is None:
+            parts = []
+        self.streams: list[BatchStream | CombinedStream] = [
+            make_stream(part, stage=self.prefix, index=i, seed=trainer.seed, rank=trainer.global_rank)
+            for i, part in enumerate(parts)
         ]
         self._longest = 0
-        self.batches = [count_batches(stream.length(), limit[0], limit[1]) for stream in self.streams]
+        each = [part for stream in self.streams for part in getattr(stream, "parts", [stream])]
+        self.batches = [count_batches(one.length(), limit[0], limit[1]) for one in each]
+        """Batches of each loader, as far as the limit lets them through."""
+        self.current_batch_indices: list[Any] = []
+        """While predicting for a callback that writes: the dataset's rows of the batch."""
+        self.epoch_batch_indices: list[list[Any]] = []
+        """Likewise: for each loader, the rows of all its batches; empty again when prediction is over."""
+        self._outputs: list[list[Any]] = []
+
+    @property
+    def predictions(self) -> list[Any]:
+        """What the steps returned so far, where it is kept; with several loaders a list for each."""
+        return self._outputs[0] if len(self._outputs) == 1 and len(self.streams) == 1 else self._outputs
+
+    @property
+    def num_dataloaders(self) -> int:
+        """How many loaders there are."""
+        return len(self.batches)
+
+    @property
+    def max_batches(self) -> list[int | float]:
+        """Batches of each loader, as far as the limit lets them through."""
+        return self.batches
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is not one batch to run."""
+        return not any(self._limits(float("inf")))
 
     def run(self, number: int, max_batches: int | float = float("inf"), keep_outputs: bool = False) -> Any:
         """Evaluate once; returns one dict of metrics per loader, or with ``keep_outputs`` the steps' outputs.
+
+        Without a single batch nothing happens, and the list is empty.
 
         Args:
             number: The number of this run of the stage, part of every batch's seed.
             max_batches: A further limit per loader.
             keep_outputs: Collect what the steps return.
         """
+        self._outputs = []
+        limits = self._limits(max_batches)
+        if not any(limits):
+            return []
         trainer, module, prefix = self.trainer, self.trainer.lightning_module, self.prefix
         results = Results(training=False)
         previous_stage, previous_results = trainer.state.stage, module._results
         trainer.state.stage = self.stage
-        trainer.metrics.evaluation = module._results = results
+        trainer.metrics.evaluation = results
+        module._results = None if trainer.barebones else results
         modes = trainer.training_modes = {child: child.training for child in module.modules()}
         no_grad = torch.inference_mode if trainer.inference_mode else torch.no_grad
-        outputs: list[list[Any]] = []
         self._longest = 0
+        keeps = self._prepare_for_writers() or keep_outputs
         logged: dict[str, Tensor] = {}
         try:
             call(trainer, f"on_{prefix}_model_eval", only="module")
             with no_grad():
                 call(trainer, f"on_{prefix}_start")
                 call(trainer, f"on_{prefix}_epoch_start")
-                for index in range(len(self.streams)):
-                    outputs.append(self._run_loader(results, index, number, max_batches, keep_outputs))
+                for index, limit in enumerate(limits):
+                    self._outputs.append([])
+                    self._run_loader(results, index, number, limit, keeps)
                 results.dataloader_idx = None
                 results.batch = None
                 results.epoch_ended = True
@@ -127,8 +204,10 @@ class EvaluationLoop:
             if self.stage is RunningStage.VALIDATING:
                 trainer.progress.validation_batches += self._longest
         finally:
-            values = outputs if keep_outputs else self._per_loader(results)
+            values = self._outputs if keep_outputs else self._per_loader(results)
             results.reset()
+            self.epoch_batch_indices = []
+            self._outputs = self._outputs if keep_outputs else []
             trainer.metrics.evaluation = None
             module._results = previous_results
             trainer.state.stage = previous_stage
@@ -139,51 +218,70 @@ class EvaluationLoop:
             call(trainer, f"on_{prefix}_model_train", only="module")
         return values
 
+    def _limits(self, max_batches: int | float) -> list[int | float]:
+        """Batches to take from each stream."""
+        limits = [min(count, max_batches) for count in self.batches]
+        return limits if self.mode == "sequential" else [combined_length(limits, self.mode)]
+
+    def _prepare_for_writers(self) -> bool:
+        """Note the rows of batches if a callback writes predictions; returns whether one wants them all."""
+        self.current_batch_indices, self.epoch_batch_indices = [], []
+        writers = [c for c in self.trainer.callbacks if hasattr(c, "write_on_batch_end")]
+        if self.prefix != "predict" or not writers:
+            return False
+        for stream in self.streams:
+            if isinstance(stream, BatchStream):
+                stream.note_rows()
+        return any(str(getattr(writer, "interval", "")) in ("epoch", "batch_and_epoch") for writer in writers)
+
     def close(self) -> None:
         """Stop the loaders' worker processes."""
         for stream in self.streams:
             stream.close()
 
-    def _run_loader(
-        self, results: Results, index: int, number: int, max_batches: int | float, keep: bool
-    ) -> list[Any]:
-        trainer, prefix = self.trainer, self.prefix
-        many = len(self.streams) > 1
-        results.dataloader_idx = index if many else None
-        step = getattr(trainer.lightning_module, self.step_name)
-        arguments = arguments_for(step, many)
+    def _run_loader(self, results: Results, index: int, number: int, limit: int | float, keep: bool) -> None:
+        trainer, prefix, stream = self.trainer, self.prefix, self.streams[index]
+        loader = index if len(self.streams) > 1 else None
+        results.dataloader_idx = loader
+        bound, context = bind_step(trainer, self.step_name)
+        step = fitted(bound, 2, loader)
         batch_start, batch_end = f"on_{prefix}_batch_start", f"on_{prefix}_batch_end"
-        starts, ends = bind(trainer, batch_start), bind(trainer, batch_end)
-        transfer, context = make_transfer(trainer), trainer.precision_plugin.context
-        limit = min(self.batches[index], max_batches)
-        kept: list[Any] = []
+        starts = [fitted(hook, 2, loader) for hook in bind(trainer, batch_start)]
+        ends = [fitted(hook, 3, loader) for hook in bind(trainer, batch_end)]
+        transfer = make_transfer(trainer)
+        rows, kept = getattr(stream, "rows", None), self._outputs[index]
+        self.epoch_batch_indices.append([])
         if limit <= 0:
-            return kept
+            return
         counts_steps = self.stage is RunningStage.VALIDATING and trainer.state.fn == "fit"
-        for batch_idx, batch in enumerate(self.streams[index].start(number)):
+        batch_idx = -1
+        batches = profiled_items(trainer, _FETCHES[prefix], stream.start(number))
+        for batch_idx, batch in enumerate(batches):
+            if rows is not None:
+                self.current_batch_indices = rows.popleft()
+                self.epoch_batch_indices[index].append(self.current_batch_indices)
             if transfer is not None:
                 batch = transfer(batch, index)
             results.batch, results.batch_size = batch, None
             results.fx = batch_start
             for hook in starts:
-                hook(batch, batch_idx, index)
+                hook(batch, batch_idx)
             results.fx = self.step_name
             if context is None:
-                output = step(*arguments(batch, batch_idx, index))
+                output = step(batch, batch_idx)
             else:
                 with context:
-                    output = step(*arguments(batch, batch_idx, index))
+                    output = step(batch, batch_idx)
             results.fx = batch_end
             for hook in ends:
-                hook(output, batch, batch_idx, index)
+                hook(output, batch, batch_idx)
             if keep:
                 kept.append(output)
             self._log_step(results, batch_idx, counts_steps)
-            self._longest = max(self._longest, batch_idx + 1)
             if batch_idx + 1 >= limit:
                 break
+        self._longest = max(self._longest, batch_idx + 1)
         results.fx = None
-        return kept
 
     def _log_step(self, results: Results, batch_idx: int, counts_steps: bool) -> None:
         if not results.entries or self.stage is RunningStage.SANITY_CHECKING:

@@ -5,9 +5,10 @@ Only hooks that somebody overrides are called: the loops ask `bind` once when a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from holdfast.training.trainer import Trainer
+
+T = TypeVar("T")
+# Rooms whose classes provide hooks as no-ops or defaults.
+_OURS = ("holdfast.training.", "holdfast.strategies.")
 
 
 class ModuleHooks:
@@ -86,6 +91,9 @@ class ModuleHooks:
         """Puts the model into evaluation mode for prediction."""
         self.eval()  # type: ignore[attr-defined]
 
+    def configure_sharded_model(self) -> None:
+        """The old name of `configure_model`."""
+
     def configure_model(self) -> None:
         """Build what ``__init__`` should not; called before the optimizers are made, and more than once."""
 
@@ -138,19 +146,19 @@ class CheckpointHooks:
 
 
 def is_overridden(name: str, owner: Any) -> bool:
-    """True if ``owner`` or its class defines the hook, rather than inheriting holdfast's no-op."""
+    """True if ``owner`` or its class defines the hook, rather than inheriting holdfast's default."""
     if owner is None:
         return False
     if name in vars(owner):
         return True
     for cls in type(owner).__mro__:
         if name in vars(cls):
-            return not cls.__module__.startswith("holdfast.training.")
+            return not cls.__module__.startswith(_OURS)
     return False
 
 
 def bind(trainer: Trainer, name: str, *, only: str = "") -> tuple[Callable[..., Any], ...]:
-    """The overridden implementations of a hook in the order they run: callbacks', then the module's.
+    """The overridden implementations of a hook in the order they run: callbacks', module's, strategy's.
 
     Each callback's is bound to ``(trainer, module)`` already, so that all take the same arguments.
 
@@ -159,20 +167,23 @@ def bind(trainer: Trainer, name: str, *, only: str = "") -> tuple[Callable[..., 
         name: The hook.
         only: "callbacks" or "module" for these alone.
     """
-    module = trainer.lightning_module
+    module, strategy = trainer.lightning_module, trainer.strategy
     bound: list[Callable[..., Any]] = []
     if only != "module":
-        bound += [
-            partial(getattr(callback, name), trainer, module)
-            for callback in trainer.callbacks
-            if callback.uses_hook(name)
-        ]
+        for callback in trainer.callbacks:
+            if callback.uses_hook(name):
+                hook = partial(getattr(callback, name), trainer, module)
+                bound.append(profiled(trainer, f"[Callback]{callback.state_key}.{name}", hook))
     if (
         only != "callbacks"
         and hasattr(module, name)
         and (is_overridden(name, module) or name.endswith("_model_eval"))
     ):
-        bound.append(getattr(module, name))
+        action = f"[LightningModule]{type(module).__name__}.{name}"
+        bound.append(profiled(trainer, action, getattr(module, name)))
+    if not only and hasattr(strategy, name) and is_overridden(name, strategy):
+        action = f"[Strategy]{type(strategy).__name__}.{name}"
+        bound.append(profiled(trainer, action, getattr(strategy, name)))
     return tuple(bound)
 
 
@@ -185,3 +196,58 @@ def call(trainer: Trainer, name: str, *args: Any, only: str = "") -> None:
             hook(*args)
     finally:
         results.fx = before
+
+
+def bind_step(trainer: Trainer, name: str) -> tuple[Callable[..., Any], AbstractContextManager[Any] | None]:
+    """A step of the module and the context to enter around it: the strategy's step where it overrides it.
+
+    Args:
+        trainer: Whose module and strategy.
+        name: "training_step", "validation_step", "test_step" or "predict_step".
+    """
+    strategy = trainer.strategy
+    context = trainer.precision_plugin.context
+    step: Callable[..., Any] = getattr(trainer.lightning_module, name)
+    if is_overridden(name, strategy):
+        # Behind it is `Strategy`'s own, which enters the context. It gets what the module's takes.
+        step, context = wraps(step)(partial(getattr(strategy, name))), None
+    return profiled(trainer, f"[Strategy]{type(strategy).__name__}.{name}", step), context
+
+
+# -- what takes how long -------------------------------------------------------------------------------------
+
+
+def profiled(trainer: Trainer, action: str, function: Callable[..., T]) -> Callable[..., T]:
+    """The function itself, or where the trainer has an active profiler one that tells it of each call."""
+    profiler = trainer.profiler
+    if not profiler.active:
+        return function
+
+    @wraps(function)  # the loops look at its arguments
+    def watched(*args: Any, **kwargs: Any) -> T:
+        with profiler.profile(action):
+            return function(*args, **kwargs)
+
+    return watched
+
+
+def profiled_items(trainer: Trainer, action: str, items: Iterator[T]) -> Iterator[T]:
+    """The iterator itself, or where the trainer has an active profiler one that tells it of each item."""
+    following = profiled(trainer, action, step := lambda: next(items, _END))
+    if following is step:
+        return items
+
+    def watched() -> Iterator[T]:
+        while (item := following()) is not _END:
+            yield item
+
+    return watched()
+
+
+def profile(trainer: Trainer, action: str) -> AbstractContextManager[Any]:
+    """A block that is an action for the trainer's profiler."""
+    profiler = trainer.profiler
+    return profiler.profile(action) if profiler.active else nullcontext()
+
+
+_END: Any = object()

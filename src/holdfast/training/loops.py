@@ -10,19 +10,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
-from holdfast.errors import ConfigError
 from holdfast.training import rng, state
+from holdfast.training.combined import CombinedStream
 from holdfast.training.configured import step_schedulers
 from holdfast.training.data import BatchStream, batch_size_of
-from holdfast.training.evaluation import EvaluationLoop, count_batches
-from holdfast.training.hooks import bind, call
+from holdfast.training.evaluation import EvaluationLoop
+from holdfast.training.fit_data import FitData
+from holdfast.training.hooks import bind, call, profile, profiled
+from holdfast.training.loop_view import LoopView
 from holdfast.training.optimization import make_optimization
 from holdfast.training.progress import BATCH, END, START, VALIDATED, RunningStage
+from holdfast.training.saving import settle
 from holdfast.training.transfer import make_transfer
+from holdfast.training.validation_schedule import Stopwatch
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
 _NO_BATCH = object()
 
 
-class FitLoop:
+class FitLoop(LoopView):
     """Trains until a limit is reached; made anew for every fit.
 
     Args:
@@ -50,58 +55,41 @@ class FitLoop:
     ) -> None:
         self.trainer = trainer
         self.progress = trainer.progress
-        self.stream: BatchStream | None = None
-        self.batches: int | float = float("inf")
-        self.validation: EvaluationLoop | None = None
-        self._load_train = load_train
-        self._load_val = load_val
+        self.data = FitData(trainer, load_train, load_val, resumed)
         self._resumed = resumed
-        self._val_check: int | float = float("inf")
+        self._stopwatch: Stopwatch | None = None
 
     def setup_data(self) -> None:
         """Make the training loader and count its batches; does nothing the second time."""
-        if self.stream is None:
-            trainer = self.trainer
-            loader = self._load_train()
-            self.stream = BatchStream(
-                loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank
-            )
-            self.batches = count_batches(
-                self.stream.length(), trainer.limit_train_batches, "limit_train_batches"
-            )
-            self._val_check = self._validation_interval()
+        self.data.setup()
 
-    def _validation_interval(self) -> int | float:
-        """Batches between validation runs; infinite where only the end of the data can tell."""
-        interval, batches = self.trainer.val_check_interval, self.batches
-        if isinstance(interval, int) and not isinstance(interval, bool):
-            if interval > batches and self.trainer.check_val_every_n_epoch is not None:
-                raise ConfigError(
-                    f"Trainer(val_check_interval={interval}) is more than the {batches} batches of an "
-                    f"epoch. With check_val_every_n_epoch=None it counts batches across epochs."
-                )
-            return interval
-        if math.isinf(batches):
-            if interval == 1.0:
-                return batches
-            raise ConfigError(
-                f"Trainer(val_check_interval={interval}): the training data has no length to take a "
-                f"fraction of. Give a number of batches."
-            )
-        return max(1, int(batches * interval))
+    @property
+    def stream(self) -> BatchStream | CombinedStream | None:
+        """The training data; None until it was needed."""
+        return self.data.stream
 
-    def close(self) -> None:
-        """Stop the loaders' worker processes."""
-        if self.stream is not None:
-            self.stream.close()
-        if self.validation is not None:
-            self.validation.close()
+    @property
+    def batches(self) -> int | float:
+        """Training batches in an epoch; infinite before the loader is there, or where it cannot tell."""
+        return self.data.batches
+
+    @property
+    def validation(self) -> EvaluationLoop | None:
+        """The validation loop; None until it was needed."""
+        return self.data.validation
+
+    @property
+    def validation_interval(self) -> int | float:
+        """Training batches between validation runs; infinite where only the end of the data can tell."""
+        return self.data.validation_interval
 
     def validation_state(self) -> list[dict[str, Any]] | None:
         """What validation's loaders draw their next run from, besides the generators that each run seeds."""
-        return (
-            None if self.validation is None else [one.state(False)["now"] for one in self.validation.streams]
-        )
+        return self.data.state_of_validation()
+
+    def close(self) -> None:
+        """Stop the loaders' worker processes."""
+        self.data.close()
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -113,7 +101,7 @@ class FitLoop:
         limit = trainer.num_sanity_val_steps
         trainer.state.stage = RunningStage.SANITY_CHECKING
         call(trainer, "on_sanity_check_start", only="callbacks")
-        validation = self._make_validation()
+        validation = self.data.make_validation()
         validation.stage = RunningStage.SANITY_CHECKING
         with rng.apart(rng.derive(trainer.seed, "sanity check")):
             validation.run(0, float("inf") if limit == -1 else limit)
@@ -121,20 +109,6 @@ class FitLoop:
         trainer.metrics.callback.clear()
         trainer.metrics.logged.clear()
         validation.stage = RunningStage.VALIDATING
-
-    def _make_validation(self) -> EvaluationLoop:
-        if self.validation is None:
-            trainer = self.trainer
-            self.validation = EvaluationLoop(
-                trainer,
-                RunningStage.VALIDATING,
-                self._load_val(),
-                (trainer.limit_val_batches, "limit_val_batches"),
-            )
-            saved = (self._resumed or {}).get("validation_data") or []
-            for stream, state_of_stream in zip(self.validation.streams, saved, strict=False):
-                stream.restore_begin(state_of_stream)
-        return self.validation
 
     @property
     def finished(self) -> bool:
@@ -155,6 +129,8 @@ class FitLoop:
     def run(self) -> None:
         """Train from where the progress stands until a limit is reached."""
         trainer, progress = self.trainer, self.progress
+        # What a checkpoint brought is in it by now.
+        progress.loaders = self.data.asked
         if trainer.limit_train_batches == 0 or trainer.max_epochs == 0 or trainer.max_steps == 0:
             return
         if self.finished:
@@ -172,21 +148,24 @@ class FitLoop:
             rank_zero_warn("The training loader has no batches: nothing is trained.")
             return
         trainer.state.stage = RunningStage.TRAINING
-        if trainer.enable_validation:
-            self._make_validation()
+        if trainer.enable_validation and not self.data.validation_waits:
+            self.data.make_validation()
         call(trainer, "on_train_start")
         self._prepare()
         while True:
-            self._run_epoch()
+            with profile(trainer, "run_training_epoch"):
+                self._run_epoch()
             if self.finished:
                 break
+        # What is read in on_train_end is what is durable.
+        settle(trainer)
         call(trainer, "on_train_end")
 
     def _stand_where_it_ended(self) -> None:
         """Put back all that a finished run's checkpoint holds, so that it can be saved again as it is."""
         progress, resumed = self.progress, self._resumed
         if self.trainer.enable_validation:
-            self._make_validation()
+            self.data.make_validation()
         if resumed is not None and progress.stage in (BATCH, VALIDATED):
             self._resume_in_epoch(resumed, nothing_left=True)
         elif resumed is not None:
@@ -195,6 +174,8 @@ class FitLoop:
     def _prepare(self) -> None:
         """Look up once all that the steps of this fit need."""
         trainer = self.trainer
+        if isinstance(trainer.val_check_interval, timedelta):
+            self._stopwatch = Stopwatch(trainer.val_check_interval, self.progress.since_validation_s)
         self.optimization = make_optimization(trainer)
         self.transfer = make_transfer(trainer)
         self.batch_starts = bind(trainer, "on_train_batch_start")
@@ -211,7 +192,6 @@ class FitLoop:
     def _run_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
         resumed, self._resumed = self._resumed, None
-        self.accumulate = trainer.accumulate_grad_batches
         self.validates_this_epoch = trainer.enable_validation and (
             trainer.check_val_every_n_epoch is None
             or (progress.epoch + 1) % trainer.check_val_every_n_epoch == 0
@@ -221,6 +201,7 @@ class FitLoop:
             self._resume_between_epochs(resumed)
         if mid_epoch:
             assert resumed is not None
+            self.accumulate = trainer.accumulate_grad_batches
             batches = self._resume_in_epoch(resumed)
             done = progress.batch
             trainer.batch_idx = done - 1
@@ -238,7 +219,10 @@ class FitLoop:
         else:
             progress.batch, progress.samples, progress.stage = 0, 0, START
             trainer.batch_idx = 0
+            self.data.reload()
             call(trainer, "on_train_epoch_start")
+            # A hook may have set another one for this epoch.
+            self.accumulate = trainer.accumulate_grad_batches
             assert self.stream is not None
             self._run_batches(self.stream.start(progress.epoch))
         self._end_epoch()
@@ -268,9 +252,6 @@ class FitLoop:
         nothing_left = nothing_left or progress.batch >= self.batches
         batches = self.stream.resume(progress.epoch, progress.batch, data, nothing_left=nothing_left)
         state.restore_run(self.trainer, resumed)
-        if self.stream.isolated and not nothing_left:
-            # The first fetch came before the generators were restored; without interruption it comes after.
-            self.stream.isolation.settle()
         return batches
 
     def _translate_position(self, saved: int | None) -> None:
@@ -290,7 +271,8 @@ class FitLoop:
 
     def _run_batches(self, batches: Iterator[Any]) -> None:
         trainer, progress = self.trainer, self.progress
-        stream, results, loggers = self.stream, trainer.metrics.train, bool(trainer.loggers)
+        stream, results = self.stream, trainer.metrics.train
+        logs = bool(trainer.loggers) and trainer.log_every_n_steps > 0
         assert stream is not None
         optimization, transfer, accumulate = self.optimization, self.transfer, self.accumulate
         starts, ends, every = self.batch_starts, self.batch_ends, trainer.log_every_n_steps
@@ -300,7 +282,8 @@ class FitLoop:
             return
         # Whether something may have to happen between two batches besides a save.
         watched = self.validates_this_epoch or self.step_plateaus or trainer.max_steps != -1
-        batch = next(batches, _NO_BATCH)
+        fetch = profiled(trainer, "[_TrainingEpochLoop].train_dataloader_next", next)
+        batch = fetch(batches, _NO_BATCH)
         while batch is not _NO_BATCH:
             trainer.batch_idx = index
             # Only data that cannot tell its length has to be asked for one batch more to know the last one.
@@ -308,8 +291,7 @@ class FitLoop:
             is_last = following is _NO_BATCH or index + 1 == count
             steps = is_last or (index + 1) % accumulate == 0
             if is_last and count == length:
-                # Behind its last batch a loader may have something to do, and RandomSampler draws once more.
-                next(batches, None)
+                stream.finish(batches)
             if transfer is not None:
                 batch = transfer(batch, 0)
             results.batch, results.batch_size = batch, None
@@ -334,11 +316,7 @@ class FitLoop:
                 results.fx = "on_train_batch_end"
                 for hook in ends:
                     hook(outputs, batch, index)
-            if (
-                loggers
-                and steps
-                and ((progress.batches_that_stepped + 1) % every == 0 or trainer.should_stop)
-            ):
+            if logs and steps and ((progress.batches_that_stepped + 1) % every == 0 or trainer.should_stop):
                 self._log_step()
             if trainer.save_requests:
                 self._count_samples(batch)
@@ -353,7 +331,7 @@ class FitLoop:
             if is_last:
                 return
             index += 1
-            batch = following if endless else next(batches, _NO_BATCH)
+            batch = following if endless else fetch(batches, _NO_BATCH)
         if not endless and index < count and batch is _NO_BATCH:
             rank_zero_warn(f"The training loader promised {int(count)} batches and gave {index}.")
 
@@ -389,7 +367,10 @@ class FitLoop:
         return trainer.max_steps != -1 and self.progress.global_step >= trainer.max_steps
 
     def _validation_due(self, index: int, is_last: bool) -> bool:
-        trainer, interval = self.trainer, self._val_check
+        trainer, interval = self.trainer, self.data.validation_interval
+        if self._stopwatch is not None:
+            self.progress.since_validation_s = self._stopwatch.elapsed_s()
+            return self._stopwatch.due()
         if is_last and math.isinf(interval):
             return True
         if trainer.should_stop and self._may_stop():
@@ -401,7 +382,12 @@ class FitLoop:
 
     def _validate(self, stepped: bool) -> None:
         trainer, progress = self.trainer, self.progress
-        validation = self._make_validation()
+        validation = self.data.fresh_validation()
+        if self._stopwatch is not None:
+            self._stopwatch.restart()
+            self.progress.since_validation_s = 0.0
+        if validation.skip:
+            return
         if stepped:
             call(trainer, "on_validation_model_zero_grad", only="module")
         with rng.apart(rng.derive(trainer.seed, "validation", progress.validations)):

@@ -85,15 +85,18 @@ class MetricStore:
             values.update(self.train.epoch_metrics(wanted))
         return values
 
+    def take(self, values: dict[str, Tensor]) -> None:
+        """Show callbacks what one of them measured itself, such as learning rates."""
+        self.callback.update(values)
+        for name in values:
+            self._published[name] = self._published.get(name, 0) + 1
+
     def publish(self, results: Results) -> dict[str, Tensor]:
         """Take a loop's epoch values into the views; returns those that go to the loggers."""
         results.epoch_ended = True
-        fresh = results.callback_metrics()
-        self.callback.update(fresh)
+        self.take(results.callback_metrics())
         self.bar.update(results.step_metrics(lambda entry: entry.bar))
         self.logged.update(results.step_metrics(lambda entry: entry.logger))
-        for name in fresh:
-            self._published[name] = self._published.get(name, 0) + 1
         self.bar.update(results.epoch_metrics(lambda entry: entry.bar))
         to_log = results.epoch_metrics(lambda entry: entry.logger)
         self.logged.update(to_log)

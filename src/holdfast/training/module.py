@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from holdfast.errors import ConfigError
+from holdfast.training.export import Exportable
 from holdfast.training.hooks import CheckpointHooks, DataHooks, ModuleHooks
 from holdfast.training.hparams import HyperparametersMixin
 from holdfast.training.results import Results
+from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
     from holdfast.training.optimization import LightningOptimizer
@@ -33,23 +35,32 @@ else:
         """A classmethod that refuses to be called on an instance, where its result would be thrown away."""
 
         def __get__(self, instance: Any, owner: type[Any] | None = None) -> Callable[..., Any]:
-            if instance is not None:
+            if instance is None:
+                return super().__get__(instance, owner)
+            name = f"{type(instance).__name__}.{self.__func__.__name__}"
+
+            def refuse(*args: Any, **kwargs: Any) -> None:
                 raise TypeError(
-                    f"{type(instance).__name__}.{self.__func__.__name__} makes a new object: call it on the "
-                    "class, not on an instance, and keep what it returns."
+                    f"{name} makes a new object: call it on the class, not on an instance, and keep what it "
+                    "returns."
                 )
-            return super().__get__(instance, owner)
+
+            return refuse
 
 
-class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMixin, nn.Module):
+class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, HyperparametersMixin, nn.Module):
     """A model that says how it is trained: override ``training_step``, ``configure_optimizers`` and hooks.
 
     Everything that `torch.nn.Module` is, it is too. Source: the names and their meaning are PyTorch
     Lightning's.
     """
 
+    # TorchScript reads the annotations of the first class that has any, and knows few types.
+    __annotations__ = {"training": bool}
+
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -126,9 +137,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         Raises:
             ConfigError: the algorithm is neither.
         """
-        from holdfast.training.optimization import clip_gradients
-
-        clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.trainer.optimization.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- logging -------------------------------------------------------------------------------------------
 
@@ -172,27 +181,44 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         """
         results = self._results
         if results is None:
-            from holdfast.utilities.rank_zero import warn_once
-
-            warn_once(
-                "log without trainer",
-                f"self.log({name!r}, ...) was called outside of a Trainer's run; the value is not kept.",
-            )
+            self._say_not_logged(name)
             return
         results.log(
             name, value, (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx), batch_size
         )
 
-    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+    def _say_not_logged(self, name: str) -> None:
+        barebones = self._trainer is not None and self._trainer.barebones
+        where = "under Trainer(barebones=True)" if barebones else "outside of a Trainer's run"
+        warn_once(
+            ("not logged", barebones), f"self.log({name!r}, ...) was called {where}; the value is not kept."
+        )
+
+    def log_dict(
+        self,
+        dictionary: Mapping[str, Any],
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: Any = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
         """Log every item of a dict (or MetricCollection), each as `log` would with the other arguments."""
         for name, value in dictionary.items():
-            self.log(name, value, *args, **kwargs)
+            self.log(
+                name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist,
+                sync_dist_group, add_dataloader_idx, batch_size, rank_zero_only=rank_zero_only,
+            )  # fmt: skip
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print once per job, above the progress bar if there is one."""
-        if self.trainer.is_global_zero:
-            bar = self.trainer.progress_bar_callback
-            (print if bar is None else bar.print)(*args, **kwargs)
+        self.trainer.print(*args, **kwargs)
 
     # -- manual optimization -------------------------------------------------------------------------------
 
@@ -333,7 +359,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
     @class_only_method
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | os.PathLike[str],
+        checkpoint_path: str | os.PathLike[str] | IO[bytes],
         map_location: Any = None,
         hparams_file: str | os.PathLike[str] | None = None,
         strict: bool | None = None,
@@ -345,10 +371,11 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
         Optimizer state is not read into memory.
 
         Args:
-            checkpoint_path: holdfast's file, Lightning's, or one that ``torch.save`` wrote with a
-                ``state_dict``.
-            map_location: Device, or mapping of devices as `torch.load` takes it; None means the CPU.
-            hparams_file: A yaml file with hyperparameters to use instead of the saved ones.
+            checkpoint_path: Path, URL, or file opened with mode "rb", of holdfast's, of Lightning's of any
+                era, or of ``torch.save`` with a ``state_dict``.
+            map_location: Device, mapping of devices or function, as `torch.load` takes it. None means the
+                device that the weights were saved on where this machine has it, else the CPU.
+            hparams_file: A .yaml or .csv file with hyperparameters to use instead of the saved ones.
             strict: Whether every key must match; None means the module's ``strict_loading``.
             weights_only: Accepted for Lightning's sake: opening a checkpoint never runs code.
             kwargs: Arguments of ``__init__`` that win over the saved ones.
@@ -359,7 +386,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, HyperparametersMi
             CheckpointCorrupt: a byte of it is not what was written; the message names the tensor.
             CheckpointIncompatible: parameters are missing, unexpected or of another shape; all are listed.
         """
-        from holdfast.training.state import build_from_checkpoint
+        from holdfast.training.loading import build_from_checkpoint
 
         built: Self = build_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
         return built

@@ -1,85 +1,64 @@
-"""The step of an optimizer, automatic or manual, and its gradients."""
+"""The step, automatic or manual: forward, backward and the optimizer, with the hooks in between."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from holdfast.errors import ConfigError
-from holdfast.training.hooks import bind, is_overridden
+from holdfast.training.hooks import bind, bind_step, is_overridden, profiled
+from holdfast.training.optimizer import LightningOptimizer as LightningOptimizer
+from holdfast.training.precision import MixedPrecision
 from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 
-def clip_gradients(optimizer: Any, value: float | None, algorithm: str | None) -> None:
-    """Clip the gradients of an optimizer's parameters; see `LightningModule.clip_gradients`."""
-    if not value:
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if algorithm in (None, "norm"):
-        torch.nn.utils.clip_grad_norm_(parameters, value)
-    elif algorithm == "value":
-        torch.nn.utils.clip_grad_value_(parameters, value)
-    else:
-        raise ConfigError(f"gradient_clip_algorithm must be 'norm' or 'value', found {algorithm!r}.")
+class Optimization:
+    """What automatic and manual optimization share; made once when a fit starts.
 
-
-class LightningOptimizer:
-    """An optimizer whose ``step`` counts towards ``trainer.global_step`` and follows the precision.
-
-    Everything else is the wrapped optimizer's.
+    All that a module, a strategy, a precision or a profiler adds to the step is looked up here, so that a
+    step that nobody adds anything to runs nothing else.
     """
 
-    def __init__(self, optimizer: Optimizer, trainer: Trainer) -> None:
-        self._optimizer = optimizer
-        self._trainer = trainer
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer itself."""
-        return self._optimizer
-
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """Step the optimizer: gradients unscaled, hooks called, the step counted."""
-        return self._trainer.optimization.step_optimizer(self._optimizer, closure, **kwargs)
-
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Clear the gradients."""
-        self._optimizer.zero_grad(*args, **kwargs)
-
-    def toggle_model(self, sync_grad: bool = True) -> Any:
-        """A context in which only this optimizer's parameters require gradients."""
-        return self._trainer.lightning_module.toggled_optimizer(self._optimizer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_optimizer"], name)
-
-
-class Optimization:
-    """What automatic and manual optimization share; made once when a fit starts."""
+    backward: Callable[..., Any]
+    """Backward with its hooks: `run_backward`, or the strategy's, which leads there."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.module = trainer.lightning_module
         self.engine = trainer.engine
-        self.context = trainer.precision_plugin.context
-        self.scaler = trainer.precision_plugin.scaler
+        self.precision = trainer.precision_plugin
+        self.scaler = self.precision.scaler
+        self.training_step, self.context = bind_step(trainer, "training_step")
+        parameters = inspect.signature(self.module.training_step).parameters
+        self.takes_index = "batch_idx" in parameters or len(parameters) > 1
         self.before_backward = bind(trainer, "on_before_backward")
         self.after_backward = bind(trainer, "on_after_backward")
         self.before_step = bind(trainer, "on_before_optimizer_step")
         self.plain_backward = not is_overridden("backward", self.module)
-        self.training_step = self.module.training_step
-        parameters = inspect.signature(self.training_step).parameters
-        self.takes_index = "batch_idx" in parameters or len(parameters) > 1
         self.results = trainer.metrics.train
+        strategy = trainer.strategy
+        name = f"[Strategy]{type(strategy).__name__}"
+        self.backward = run = profiled(trainer, f"{name}.backward", self.run_backward)
+        self.adds_to_backward = run != self.run_backward
+        if is_overridden("backward", strategy):
+            of_strategy = profiled(trainer, f"{name}.backward", strategy.backward)
+            self.backward = lambda loss, *args, **kwargs: of_strategy(loss, self._stepping(), *args, **kwargs)
+            self.adds_to_backward = True
+        self.strategy_step = strategy.optimizer_step if is_overridden("optimizer_step", strategy) else None
+        self.adds_to_step = self.strategy_step is not None or is_overridden("optimizer_step", self.precision)
+
+    def _stepping(self) -> Optimizer | None:
+        """The optimizer that a backward is for, as far as that is known."""
+        return None
 
     def forward(self, batch: Any, batch_idx: int) -> Any:
         """``training_step`` under the precision's context."""
@@ -89,7 +68,7 @@ class Optimization:
         with self.context:
             return self.training_step(batch, batch_idx) if self.takes_index else self.training_step(batch)
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward with its hooks. What copies weights in the background is awaited here, before anybody's
         hook can change them: it has had the whole forward and backward to overlap with.
         """
@@ -102,7 +81,11 @@ class Optimization:
             for hook in self.before_backward:
                 hook(loss)
         if self.plain_backward:
-            loss.backward(*args, **kwargs)
+            try:
+                loss.backward(*args, **kwargs)
+            except RuntimeError as error:
+                self.explain(loss, error)
+                raise
         else:
             results.fx = "backward"
             self.module.backward(loss, *args, **kwargs)
@@ -114,6 +97,19 @@ class Optimization:
                 hook()
         results.fx = before
 
+    def explain(self, loss: Tensor, error: RuntimeError) -> None:
+        """Raise an error that says more than torch's, where this is the loss's own fault.
+
+        Raises:
+            RuntimeError: nothing that needs a gradient had a part in the loss.
+        """
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"The loss of {type(self.module).__name__}.training_step does not require grad and does not "
+                f"have a grad_fn: no parameter that is trained had a part in it. Was it detached, computed "
+                f"under no_grad, or is everything frozen?"
+            ) from error
+
     def prepare_step(self, optimizer: Optimizer) -> None:
         """The hooks between backward and the optimizer's step."""
         if self.before_step:
@@ -121,6 +117,43 @@ class Optimization:
             for hook in self.before_step:
                 hook(optimizer)
             self.results.fx = before
+
+    def step_through(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        """Step an optimizer the way the strategy or the precision does it."""
+        if self.strategy_step is not None:
+            return self.strategy_step(optimizer, closure, self.module, **kwargs)
+        return self.precision.optimizer_step(optimizer, self.module, closure, **kwargs)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer | LightningOptimizer,
+        value: float | None = None,
+        algorithm: str | None = None,
+    ) -> None:
+        """Clip an optimizer's gradients; what is None is the trainer's. See `LightningModule.clip_gradients`.
+
+        Raises:
+            ConfigError: the trainer was given something else, or the algorithm is none.
+        """
+        given = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
+        for name, here, there in zip(
+            ("gradient_clip_val", "gradient_clip_algorithm"), (value, algorithm), given, strict=True
+        ):
+            if here is not None and there is not None and here != there:
+                raise ConfigError(
+                    f"Trainer({name}={_plain(there)!r}) and clip_gradients({name}={_plain(here)!r}) "
+                    "contradict each other. Leave one of them out."
+                )
+        if isinstance(optimizer, LightningOptimizer):
+            # The scaler knows the one inside.
+            optimizer = optimizer.optimizer
+        value = given[0] if value is None else value
+        algorithm = given[1] if algorithm is None else algorithm
+        self.precision.clip_gradients(optimizer, value, "norm" if algorithm is None else algorithm)
+
+
+def _plain(value: Any) -> Any:
+    return str(value.value) if hasattr(value, "value") else value
 
 
 class AutomaticOptimization(Optimization):
@@ -130,16 +163,12 @@ class AutomaticOptimization(Optimization):
         super().__init__(trainer)
         self.optimizer = trainer.optimizers[0] if trainer.optimizers else None
         self.before_zero_grad = bind(trainer, "on_before_zero_grad")
-        self.plain_zero_grad = not is_overridden("optimizer_zero_grad", self.module)
-        self.plain_step = not is_overridden("optimizer_step", self.module)
+        self._look_up_overrides(trainer)
         # torch's own optimizers, but for LBFGS, call a closure once and before anything else, so it can be
         # called outside as well. Handed over, it would run behind the optimizer's pre-step hooks.
         self.single_evaluation = type(self.optimizer).__module__.startswith(
             "torch.optim."
-        ) and not isinstance(self.optimizer, torch.optim.LBFGS)
-        self.clips = is_overridden("configure_gradient_clipping", self.module) or bool(
-            trainer.gradient_clip_val
-        )
+        ) and not isinstance(self.optimizer, LBFGS)
         self.accumulate = trainer.accumulate_grad_batches
         # Nobody looks between the forward pass and the optimizer's step, so nothing has to be shown there.
         self.plain = (
@@ -149,6 +178,7 @@ class AutomaticOptimization(Optimization):
             and self.plain_step
             and self.plain_zero_grad
             and self.plain_backward
+            and not self.adds_to_backward
             and self.single_evaluation
             and not self.clips
             and not (self.before_zero_grad or self.before_backward or self.after_backward or self.before_step)
@@ -159,9 +189,26 @@ class AutomaticOptimization(Optimization):
         self.closure: Callable[[], Any] = self._closure
         self._batch: Any = None
         self._batch_idx = 0
-        self._zero = self._step = False
+        self._zero = False
         self._ran = False
         self._outputs: Any = None
+
+    def _look_up_overrides(self, trainer: Trainer) -> None:
+        """The module's methods that a step calls, and which of them the trainer can do without."""
+        module = self.module
+        name = f"[LightningModule]{type(module).__name__}"
+        self.module_zero_grad = profiled(trainer, f"{name}.optimizer_zero_grad", module.optimizer_zero_grad)
+        self.module_step = profiled(trainer, f"{name}.optimizer_step", module.optimizer_step)
+        self.module_clipping = profiled(
+            trainer, f"{name}.configure_gradient_clipping", module.configure_gradient_clipping
+        )
+        watched = self.module_step != module.optimizer_step
+        self.plain_zero_grad = not watched and not is_overridden("optimizer_zero_grad", module)
+        self.plain_step = not (watched or self.adds_to_step) and not is_overridden("optimizer_step", module)
+        self.clips = is_overridden("configure_gradient_clipping", module) or bool(trainer.gradient_clip_val)
+
+    def _stepping(self) -> Optimizer | None:
+        return self.optimizer
 
     def run(self, batch: Any, batch_idx: int, *, zero: bool, step: bool, divide_by: int) -> Any:
         """Train on one batch; returns what ``on_train_batch_end`` gets as outputs.
@@ -176,22 +223,23 @@ class AutomaticOptimization(Optimization):
         optimizer = self.optimizer
         if self.plain and divide_by == 1 and optimizer is not None:
             return self._run_plain(optimizer, batch, batch_idx)
-        self._batch, self._batch_idx, self._zero, self._step = batch, batch_idx, zero, step
+        self._batch, self._batch_idx, self._zero = batch, batch_idx, zero
         self.accumulate = divide_by
         if optimizer is None or not step:
             self._closure()
         elif self.plain_step and self.scaler is None:
             if self.single_evaluation:
                 self._closure()
+                self.prepare_step(optimizer)
                 optimizer.step()
             else:
-                optimizer.step(self.closure)
+                self.precision.optimizer_step(optimizer, self.module, self.closure)
             self.progress.global_step += 1
         else:
             self._ran = False
             self.results.fx = "optimizer_step"
             wrapped = self.trainer.wrapped_optimizers[0]
-            self.module.optimizer_step(self.trainer.current_epoch, batch_idx, wrapped, self.closure)
+            self.module_step(self.trainer.current_epoch, batch_idx, wrapped, self.closure)
             if not self._ran:
                 raise ConfigError(
                     f"{type(self.module).__name__}.optimizer_step did not run optimizer_closure, so "
@@ -208,7 +256,11 @@ class AutomaticOptimization(Optimization):
         loss = output if isinstance(output, Tensor) else self._loss_of(output)
         optimizer.zero_grad()
         if loss is not None:
-            loss.backward()
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                self.explain(loss, error)
+                raise
         if self.engine.copying:
             self.engine.wait_for_copy()
         optimizer.step()
@@ -222,12 +274,19 @@ class AutomaticOptimization(Optimization):
             warn_once("training_step None", message)
             return None
         try:
-            loss: Tensor = output if isinstance(output, Tensor) else output["loss"]
+            loss: Any = output if isinstance(output, Tensor) else output["loss"]
         except (TypeError, KeyError, IndexError):
+            loss = None
+        if not isinstance(loss, Tensor):
+            found = type(output).__name__
+            if isinstance(output, dict):
+                found = (
+                    f'a dict with "loss": {type(loss).__name__}' if "loss" in output else "a dict without it"
+                )
             raise ConfigError(
                 f"{type(self.module).__name__}.training_step must return the loss as a tensor, a dict with "
-                f'the key "loss", or None, found {type(output).__name__}.'
-            ) from None
+                f'the key "loss", or None, found {found}.'
+            )
         return loss
 
     @staticmethod
@@ -237,7 +296,7 @@ class AutomaticOptimization(Optimization):
             return {}
         if isinstance(output, Tensor):
             return {"loss": loss.detach()}
-        return {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
+        return _detached(output)
 
     def _closure(self) -> Any:
         self._ran = True
@@ -249,13 +308,6 @@ class AutomaticOptimization(Optimization):
             self._zero_grad(self.optimizer)
         if loss is not None:
             self.backward(loss if self.accumulate == 1 else loss / self.accumulate)
-        if (
-            self._step
-            and self.scaler is None
-            and self.optimizer is not None
-            and (self.before_step or self.clips)
-        ):
-            self._prepare(self.optimizer)
         return loss
 
     def _zero_grad(self, optimizer: Optimizer) -> None:
@@ -267,66 +319,72 @@ class AutomaticOptimization(Optimization):
             optimizer.zero_grad()
         else:
             self.results.fx = "optimizer_zero_grad"
-            self.module.optimizer_zero_grad(self.trainer.current_epoch, self._batch_idx, optimizer)
+            self.module_zero_grad(self.trainer.current_epoch, self._batch_idx, optimizer)
 
-    def _prepare(self, optimizer: Optimizer) -> None:
-        self.prepare_step(optimizer)
+    def prepare_step(self, optimizer: Optimizer) -> None:
+        """The hooks between backward and the optimizer's step, and clipping."""
+        super().prepare_step(optimizer)
         if self.clips:
             self.results.fx = "configure_gradient_clipping"
-            self.module.configure_gradient_clipping(
+            self.module_clipping(
                 optimizer,
                 gradient_clip_val=self.trainer.gradient_clip_val,
                 gradient_clip_algorithm=self.trainer.gradient_clip_algorithm,
             )
 
     def step_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-        """Step; with a scaler the closure runs first and the gradients are unscaled."""
-        if self.scaler is None:
-            return optimizer.step(self.closure if closure is None else closure, **kwargs)
-        loss = (self.closure if closure is None else closure)()
-        if loss is None:
-            return None
-        self.scaler.unscale_(optimizer)
-        self._prepare(optimizer)
-        result = self.scaler.step(optimizer, **kwargs)
-        self.scaler.update()
-        return result
+        """Step as ``LightningModule.optimizer_step`` asks for; the run counts it."""
+        return self.step_through(optimizer, closure, **kwargs)
 
 
 class ManualOptimization(Optimization):
     """Runs ``training_step`` and leaves the rest to it; steps are counted by the wrapped optimizers."""
 
     def run(self, batch: Any, batch_idx: int, *, zero: bool, step: bool, divide_by: int) -> Any:
-        """Train on one batch, like `AutomaticOptimization.run`; there are no windows here."""
+        """Train on one batch, like `AutomaticOptimization.run`; there are no windows here.
+
+        Raises:
+            ConfigError: ``training_step`` returned something that is no output.
+        """
         if self.engine.copying:
             self.engine.wait_for_copy()
         output = self.forward(batch, batch_idx)
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
-        return {} if output is None else output
+        if output is None:
+            return {}
+        if not isinstance(output, dict):
+            raise ConfigError(
+                f"{type(self.module).__name__}.training_step with manual optimization must return a tensor, "
+                f"a dict or None, found {type(output).__name__}."
+            )
+        return _detached(output)
 
     def step_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """Step one optimizer and count it."""
-        # Steps called from training_step compute in full precision, whatever the forward around them does.
-        outside = (
-            nullcontext() if self.context is None else torch.autocast(self.context.device, enabled=False)
+        # A step computes in full precision, whatever the forward pass around it does; a closure is forward.
+        autocasts = isinstance(self.precision, MixedPrecision) and closure is None
+        outside: AbstractContextManager[Any] = (
+            torch.autocast(self.trainer.strategy.root_device.type, enabled=False)
+            if autocasts
+            else nullcontext()
         )
         with outside:
-            if self.scaler is None:
-                self.prepare_step(optimizer)
-                result = optimizer.step(**kwargs) if closure is None else optimizer.step(closure, **kwargs)
-            else:
-                if closure is not None:
-                    closure()
-                self.prepare_step(optimizer)
-                result = self.scaler.step(optimizer, **kwargs)
-                self.scaler.update()
+            result = self.step_through(optimizer, closure, **kwargs)
         self.trainer.progress.global_step += 1
         return result
 
 
+def _detached(output: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
+
+
 def make_optimization(trainer: Trainer) -> AutomaticOptimization | ManualOptimization:
     """The kind of optimization that the module asks for."""
-    return (AutomaticOptimization if trainer.lightning_module.automatic_optimization else ManualOptimization)(
+    made = (AutomaticOptimization if trainer.lightning_module.automatic_optimization else ManualOptimization)(
         trainer
     )
+    run = profiled(trainer, "run_training_batch", made.run)
+    if run != made.run:
+        made.run = run  # type: ignore[method-assign]
+    return made

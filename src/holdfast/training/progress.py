@@ -95,6 +95,10 @@ class Progress:
     """Whether the epoch that ended saw all its batches; false when it was stopped early."""
     should_stop: bool = False
     """Whether somebody, such as EarlyStopping, had told the run to stop."""
+    loaders: dict[str, Any] = field(default_factory=dict)
+    """With reload_dataloaders_every_n_epochs: when each loader was asked for, and with which generators."""
+    since_validation_s: float = 0.0
+    """With a time as val_check_interval: how much of it is over."""
     limits: list[int | None] = field(default_factory=lambda: [None, None])
     """``max_epochs`` and ``max_steps`` then: a run that resumes with other ones is meant to train on."""
 

@@ -7,10 +7,14 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from holdfast.callbacks.kept_checkpoints import version_directory
 from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint import payload as payloads
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.migrate import upgrade
-from holdfast.errors import CheckpointError, CheckpointNotFound, ConfigError
+from holdfast.errors import CheckpointError, CheckpointIncomplete, CheckpointNotFound, ConfigError
+from holdfast.training.hooks import is_overridden
+from holdfast.training.saving import settle, writes_own_format
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_f
     """
     if ckpt_path is None:
         return None
+    settle(trainer)
     if ckpt_path == "auto":
         return _newest_verified(trainer, for_fit)
     if ckpt_path == "best":
@@ -59,11 +64,24 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_f
         path = found
     else:
         path = os.fspath(ckpt_path)
-    return Resolved(path, upgrade(_read(path, for_fit), source=path))
+    return Resolved(path, upgrade(_read(trainer, path, for_fit), source=path))
 
 
-def _read(path: str, for_fit: bool) -> Any:
-    return load(path, skip=() if for_fit else ("optimizer_states",))
+def _read(trainer: Trainer, path: str, for_fit: bool) -> Any:
+    """Read a checkpoint: through the user's plugin or strategy where there is one."""
+    strategy = trainer.strategy
+    if strategy.own_checkpoint_io is None and not is_overridden("load_checkpoint", strategy):
+        return load(path, skip=() if for_fit else ("optimizer_states",))
+    found = strategy.load_checkpoint(path)
+    if not isinstance(found, dict):
+        raise CheckpointIncomplete(
+            f"{type(strategy.checkpoint_io).__name__}.load_checkpoint({path!r}) must return the checkpoint "
+            f"as a dict, found {type(found).__name__}.",
+            path=path,
+        )
+    own = found.get("holdfast")
+    types = own.pop("types", None) if isinstance(own, dict) else None
+    return found if types is None else payloads.decode(found, types)
 
 
 def run_directories(trainer: Trainer) -> list[str]:
@@ -72,8 +90,8 @@ def run_directories(trainer: Trainer) -> list[str]:
     callbacks: list[Any] = [c for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
     directories += [os.path.abspath(c.dirpath) for c in callbacks]
     if not callbacks or len(callbacks) < len(trainer.checkpoint_callbacks):
-        root = next((logger.root_dir for logger in trainer.loggers if logger.root_dir), None)
-        directories.append(os.path.abspath(root or os.path.join(trainer.default_root_dir, "checkpoints")))
+        root, version = version_directory(trainer)
+        directories.append(os.path.abspath(root if version else os.path.join(root, "checkpoints")))
     return list(dict.fromkeys(directories))
 
 
@@ -84,17 +102,20 @@ def _listed(trainer: Trainer) -> str:
 def _candidates(trainer: Trainer) -> list[catalog.Entry]:
     """Newest first, each name of a file by itself: if one is gone, another may be there."""
     entries: list[catalog.Entry] = []
+    own = [getattr(callback, "FILE_EXTENSION", catalog.SUFFIX) for callback in trainer.checkpoint_callbacks]
     for directory in run_directories(trainer):
         if os.path.isdir(directory):
-            entries += catalog.scan(directory, recursive=True)
+            entries += catalog.scan(directory, recursive=True, suffix=(catalog.SUFFIX, *own))
     entries.sort(key=lambda entry: (entry.saved_at, entry.step or 0), reverse=True)
     return entries
 
 
 def _last(trainer: Trainer) -> str | None:
-    return next(
-        (entry.path for entry in _candidates(trainer) if entry.whole and entry.kind != "weights"), None
-    )
+    candidates = _candidates(trainer)
+    if writes_own_format(trainer):
+        # Only the plugin can tell what is in it.
+        return next((entry.path for entry in candidates), None)
+    return next((entry.path for entry in candidates if entry.whole and entry.kind != "weights"), None)
 
 
 def _best(trainer: Trainer) -> str:
@@ -122,6 +143,7 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
     if not candidates:
         rank_zero_info(f'ckpt_path="auto": no checkpoint in {_listed(trainer)} yet; starting from scratch')
         return None
+    plugin_reads = writes_own_format(trainer)
     # A file saved inside a hook goes on from somewhere near; an older one from a safe point goes on exactly.
     ordered = [e for e in candidates if e.exact or e.foreign or not e.whole]
     ordered += [e for e in candidates if e not in ordered]
@@ -129,7 +151,7 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
     bad_inodes: set[tuple[int, int]] = set()
     for entry in ordered:
         name = os.path.relpath(entry.path)
-        if not entry.whole:
+        if not entry.whole and not plugin_reads:
             skipped.append(f"{name}: {entry.reason}")
             continue
         try:
@@ -137,21 +159,27 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
             if (info.st_dev, info.st_ino) in bad_inodes:
                 skipped.append(f"{name}: the same file as one above")
                 continue
-            payload = upgrade(_read(entry.path, for_fit), source=entry.path)
+            payload = upgrade(_read(trainer, entry.path, for_fit), source=entry.path)
+            if for_fit and plugin_reads and "optimizer_states" not in payload:
+                continue  # weights only, which no listing could tell
             return Resolved(entry.path, payload, _version_of(trainer, entry.path), skipped)
         except CheckpointNotFound:
             continue  # deleted between the listing and now
         except CheckpointError as error:
             bad_inodes.add((info.st_dev, info.st_ino))
             skipped.append(f"{name}: {error}")
-    raise_none_whole(skipped)
+        except Exception as error:  # a plugin reads it, and may raise anything
+            if not plugin_reads:
+                raise
+            skipped.append(f"{name}: {type(trainer.strategy.checkpoint_io).__name__} raised {error!r}")
+    if skipped:
+        raise_none_whole(skipped)
+    rank_zero_info(f'ckpt_path="auto": no checkpoint in {_listed(trainer)} yet; starting from scratch')
     return None
 
 
 def raise_none_whole(skipped: list[str]) -> None:
     """Refuse to start from step 0 where checkpoints exist that cannot be used."""
-    from holdfast.errors import CheckpointIncomplete
-
     raise CheckpointIncomplete(
         'ckpt_path="auto": there are checkpoints, but not one is whole and verified, and starting from '
         "step 0 would bury them:\n  "
@@ -162,12 +190,9 @@ def raise_none_whole(skipped: list[str]) -> None:
 
 def _version_of(trainer: Trainer, path: str) -> int | str | None:
     """The version, as ``version_N`` or by name, in whose own "checkpoints" directory ``path`` lies."""
-    for logger in trainer.loggers:
-        root = logger.root_dir
-        if not root:
-            continue
-        parts = os.path.relpath(os.path.abspath(path), os.path.abspath(root)).split(os.sep)
-        if len(parts) > 2 and parts[0] != ".." and parts[1] == "checkpoints":
-            match = re.fullmatch(r"version_(\d+)", parts[0])
-            return int(match.group(1)) if match else parts[0]
+    root, version = version_directory(trainer)
+    parts = os.path.relpath(os.path.abspath(path), os.path.abspath(root)).split(os.sep)
+    if version and len(parts) > 2 and parts[0] != ".." and parts[1] == "checkpoints":
+        match = re.fullmatch(r"version_(\d+)", parts[0])
+        return int(match.group(1)) if match else parts[0]
     return None

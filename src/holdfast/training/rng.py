@@ -7,14 +7,13 @@ Three kinds of draws must not touch each other, or a resumed run drifts from the
   ``(seed, stage, loader, epoch, batch, rank)``, so a batch is the same whichever process loads it and when;
 * validation's: the whole run of it works on seeds of its own and leaves the global generators untouched.
 
-This module is imported by data-loader workers: it imports nothing of holdfast.
+This module is imported by data-loader workers: it imports next to nothing of holdfast.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import random
 import sys
 from collections.abc import Iterator
@@ -22,49 +21,11 @@ from typing import Any
 
 import torch
 
+from holdfast.utilities.seed import capture as capture
+from holdfast.utilities.seed import restore as restore
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-
-
-def capture() -> dict[str, Any]:
-    """The state of every global generator of this process: Python, NumPy (if loaded), torch, each GPU."""
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
-        "torch": torch.get_rng_state(),
-    }
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        state["numpy"] = numpy.random.get_state(legacy=False)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def restore(state: dict[str, Any]) -> list[str]:
-    """Put the generators back to ``state``.
-
-    Returns:
-        One sentence for each generator that could not be restored, such as a GPU that is not there.
-    """
-    problems: list[str] = []
-    python = state["python"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    torch.set_rng_state(state["torch"].cpu())
-    if "numpy" in state:
-        try:
-            import numpy
-
-            numpy.random.set_state(state["numpy"])
-        except ImportError:
-            problems.append("NumPy's generator was saved, but NumPy is not installed here")
-    if "cuda" in state:
-        devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        for index, device_state in enumerate(state["cuda"][:devices]):
-            torch.cuda.set_rng_state(device_state.cpu(), index)
-        if devices < len(state["cuda"]):
-            problems.append(f"{len(state['cuda'])} GPU generators were saved, {devices} GPUs are here")
-    return problems
 
 
 def state_of(generator: Any) -> Any:
@@ -175,35 +136,3 @@ def apart(seed: int) -> Iterator[None]:
         yield
     finally:
         restore(state)
-
-
-def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
-    """Seed Python, NumPy and torch (CPU and every GPU) and return the seed.
-
-    Args:
-        seed: Up to 32 bits. None takes ``PL_GLOBAL_SEED`` from the environment, else 0.
-        workers: Kept for compatibility: holdfast always seeds data-loader workers, for each batch anew.
-        verbose: Say which seed was set.
-
-    Raises:
-        ConfigError: the seed does not fit in 32 bits.
-    """
-    from holdfast.errors import ConfigError
-    from holdfast.utilities.rank_zero import rank_zero_info
-
-    if seed is None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-    seed = int(seed)
-    if not 0 <= seed <= 0xFFFFFFFF:
-        raise ConfigError(f"seed_everything({seed}): the seed must lie between 0 and {0xFFFFFFFF}.")
-    if verbose:
-        rank_zero_info(f"Seed set to {seed}")
-    os.environ["PL_GLOBAL_SEED"] = str(seed)
-    os.environ["PL_SEED_WORKERS"] = str(int(workers))
-    random.seed(seed)
-    with contextlib.suppress(ImportError):
-        import numpy
-
-        numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    return seed

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from holdfast.callbacks.base import Callback
+from holdfast.checkpoint import origin
 from holdfast.errors import ConfigError
 from holdfast.training import configuration, state
 from holdfast.training.configured import read_configuration
 from holdfast.training.evaluation import EvaluationLoop
-from holdfast.training.hooks import call, is_overridden
+from holdfast.training.hooks import call, is_overridden, profiled
 from holdfast.training.hparams import HyperparametersMixin
 from holdfast.training.loops import FitLoop
 from holdfast.training.optimization import LightningOptimizer
 from holdfast.training.progress import RunningStage, TrainerFn, TrainerStatus
 from holdfast.training.resume import Resolved, resolve
+from holdfast.training.saving import settle
 from holdfast.training.sources import find_loader, find_train_loader, has_loader
-from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from holdfast.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
@@ -45,6 +47,9 @@ def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
     trainer.metrics.begin()
     try:
         result = run()
+        if trainer.profiler.active:
+            trainer.profiler.describe()
+        trainer.strategy.teardown()
     except BaseException as error:
         trainer.state.status = TrainerStatus.INTERRUPTED
         trainer.broke_off = trainer.broke_off or fn is TrainerFn.FITTING
@@ -59,6 +64,8 @@ def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
             if loop is not None:
                 loop.close()
         trainer.state.stage = None
+        if trainer.profiler.active:
+            trainer.profiler.teardown(stage=str(fn))
         if trainer.model is not None:
             trainer.model._results = None
 
@@ -68,12 +75,13 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
         callback.on_exception(trainer, trainer.lightning_module, error)
     if trainer.datamodule is not None:
         trainer.datamodule.on_exception(error)
-    if trainer.save_requests:
-        try:
-            # Wherever it happened, it was not at a safe point.
-            trainer.safe_point(exact=False)
-        except Exception as problem:  # the error that ended the run is the one to raise
-            rank_zero_warn(f"The run ended with {type(error).__name__}, and saving it failed: {problem}")
+    try:
+        # Wherever it happened, it was not at a safe point.
+        trainer.safe_point(exact=False)
+        settle(trainer)
+        trainer.strategy.teardown()
+    except Exception as problem:  # the error that ended the run is the one to raise
+        rank_zero_warn(f"The run ended with {type(error).__name__}, and saving it failed: {problem}")
     for logger in trainer.loggers:
         logger.finalize("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
@@ -81,7 +89,9 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
 def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
     trainer.model = model
     model.trainer = trainer
-    model._results = trainer.metrics.train
+    trainer.strategy.connect(model)
+    trainer.strategy.setup_environment()
+    model._results = None if trainer.barebones else trainer.metrics.train
     trainer.datamodule = datamodule
     if datamodule is not None:
         datamodule.trainer = trainer
@@ -95,6 +105,8 @@ def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
 
 def _setup(trainer: Trainer, stage: str) -> None:
     model, datamodule = trainer.lightning_module, trainer.datamodule
+    if trainer.profiler.active:
+        trainer.profiler.setup(stage=stage, local_rank=trainer.local_rank, log_dir=trainer.log_dir)
     for owner in (datamodule, model):
         if is_overridden("prepare_data", owner):
             owner.prepare_data()
@@ -102,6 +114,19 @@ def _setup(trainer: Trainer, stage: str) -> None:
         datamodule.setup(stage=stage)
     call(trainer, "setup", stage, only="callbacks")
     model.setup(stage=stage)
+    with trainer.strategy.tensor_init_context(), trainer.precision_plugin.module_init_context():
+        configure_model(model)
+    # Before weights are restored: a float64 weight would lose bits in a float32 module.
+    trainer.strategy.setup(trainer)
+
+
+def configure_model(model: LightningModule) -> None:
+    """Let the module build what its ``__init__`` left for later."""
+    if is_overridden("configure_sharded_model", model):
+        rank_zero_deprecation(
+            f"{type(model).__name__}.configure_sharded_model is the old name of configure_model: rename it."
+        )
+        model.configure_sharded_model()
     if is_overridden("configure_model", model):
         model.configure_model()
 
@@ -113,17 +138,41 @@ def _teardown(trainer: Trainer, stage: str) -> None:
     trainer.lightning_module.teardown(stage=stage)
 
 
-def _send_hyperparameters(trainer: Trainer) -> None:
+def _open_loggers(trainer: Trainer) -> None:
+    """Have each logger settle its version, in turn, and send them what is known before the first step."""
+    for logger in trainer.loggers:
+        _ = logger.experiment
     if not trainer.log_hyperparameters:
         return
-    values: dict[str, Any] = {}
-    for owner in (trainer.datamodule, trainer.model):
-        if isinstance(owner, HyperparametersMixin) and owner._log_hyperparams:
-            values.update(owner.hparams_initial)
+    values = _merged_hyperparameters(trainer)
     for logger in trainer.loggers:
         if values:
             logger.log_hyperparams(values)
+        logger.log_graph(trainer.lightning_module)
         logger.save()
+
+
+def _merged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for owner in (trainer.model, trainer.datamodule):
+        if isinstance(owner, HyperparametersMixin) and owner._log_hyperparams:
+            own = owner.hparams_initial
+            differ = [name for name in own if name in values and not _same(own[name], values[name])]
+            if differ:
+                raise ConfigError(
+                    f"{type(trainer.model).__name__} and {type(owner).__name__} both have hyperparameters "
+                    f"called {differ}, with different values, and a logger has one place for each. Rename "
+                    "them, or call save_hyperparameters(logger=False) in one of the two."
+                )
+            values.update(own)
+    return values
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # arrays are compared element by element, and others not at all
+        return repr(one) == repr(other)
 
 
 # -- fit -----------------------------------------------------------------------------------------------------
@@ -158,15 +207,18 @@ def fit(
     source = "" if resolved is None else os.path.basename(resolved.path)
     if resolved is not None:
         state.restore_model(trainer, resolved.payload, source)
-    model.to(trainer.strategy.root_device)
     trainer.fit_loop = FitLoop(
         trainer,
         lambda: find_train_loader(trainer, train),
         lambda: find_loader(trainer, "val", val),
         None if resolved is None else resolved.payload["holdfast"],
     )
+    action = f"[LightningModule]{type(model).__name__}.configure_optimizers"
     trainer.optimizers, trainer.lr_scheduler_configs = read_configuration(
-        model.configure_optimizers(), automatic=model.automatic_optimization
+        profiled(trainer, action, model.configure_optimizers)(), automatic=model.automatic_optimization
+    )
+    _, trainer.optimizers, _ = trainer.precision_plugin.connect(
+        model, trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
     )
     trainer.wrapped_optimizers = [LightningOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
     if resolved is not None:
@@ -174,7 +226,7 @@ def fit(
         state.describe_resume(trainer, resolved.payload, resolved.path, resolved.skipped)
         # All of it is in place now, and optimizer state need not be in memory twice.
         resolved.payload.clear()
-    _send_hyperparameters(trainer)
+    _open_loggers(trainer)
     watched: AbstractContextManager[Any] = (
         torch.autograd.set_detect_anomaly(True) if trainer.detect_anomaly else nullcontext()
     )
@@ -184,6 +236,7 @@ def fit(
         trainer.fit_loop.run()
         call(trainer, "on_fit_end")
     trainer.engine.wait()
+    settle(trainer)
     for logger in trainer.loggers:
         logger.finalize("success")
     _teardown(trainer, "fit")
@@ -211,17 +264,26 @@ def _check_fit(trainer: Trainer, model: LightningModule, train: Any) -> None:
         )
 
 
+def _absolute(path: str) -> str:
+    return path if origin.is_url(path) else os.path.abspath(path)
+
+
 def _continue_in(trainer: Trainer, resolved: Resolved | None, *, auto: bool) -> None:
     """Point loggers at the version that the checkpoint came from, before anything is written."""
     trainer.resumed_from = trainer.ckpt_path = None
     trainer.continues_version = False
     if resolved is None:
         return
-    trainer.resumed_from = trainer.ckpt_path = os.path.abspath(resolved.path)
+    trainer.resumed_from = trainer.ckpt_path = _absolute(resolved.path)
     if not auto:
         return
-    for logger, saved in zip(trainer.loggers, resolved.payload["holdfast"].get("loggers", []), strict=False):
-        version = saved["state"].get("version") if resolved.version is None else resolved.version
+    states = [saved["state"] for saved in resolved.payload["holdfast"].get("loggers", [])]
+    for logger, state_ in zip(trainer.loggers, states, strict=False):
+        version = state_.get("version")
+        # The checkpoint lies in the first logger's version, wherever that was moved to; others may have
+        # versions of their own.
+        if resolved.version is not None and version in (None, states[0].get("version")):
+            version = resolved.version
         if version is not None:
             logger.resume_in(version)
             trainer.continues_version = True
@@ -261,13 +323,13 @@ def evaluate(
             f"{type(model).__name__}.{kind}_dataloader."
         )
     resolved = resolve(trainer, ckpt_path, for_fit=False)
-    trainer.ckpt_path = None if resolved is None else os.path.abspath(resolved.path)
+    trainer.ckpt_path = None if resolved is None else _absolute(resolved.path)
     _setup(trainer, str(fn))
     if resolved is not None:
         state.restore_model(trainer, resolved.payload, os.path.basename(resolved.path))
-        rank_zero_info(f"weights from {os.path.relpath(resolved.path)}")
-    model.to(trainer.strategy.root_device)
-    _send_hyperparameters(trainer)
+        path = resolved.path
+        rank_zero_info(f"weights from {origin.title(path) if origin.is_url(path) else os.path.relpath(path)}")
+    _open_loggers(trainer)
     trainer.state.stage = stage
     argument = f"limit_{kind}_batches"
     loop = EvaluationLoop(
@@ -276,7 +338,7 @@ def evaluate(
     trainer.evaluation_loop = loop
     results = loop.run(0, keep_outputs=keep_outputs)
     for logger in trainer.loggers:
-        logger.save()
+        logger.finalize("success")
     _teardown(trainer, str(fn))
     if predicts:
         trainer.predictions = results[0] if keep_outputs and len(results) == 1 else results

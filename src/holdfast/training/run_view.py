@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.callbacks.base import Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
+from holdfast.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from holdfast.callbacks.progress_bar import ProgressBar
 from holdfast.training.progress import Progress, RunningStage, TrainerState, TrainerStatus
 
@@ -40,6 +41,7 @@ class RunView:
     state: TrainerState
     strategy: Strategy
     accumulate_grad_batches: int
+    batch_idx: int
     evaluation_loop: EvaluationLoop | None
     model: LightningModule | None
 
@@ -72,12 +74,7 @@ class RunView:
     @property
     def num_val_batches(self) -> list[int | float]:
         """Validation batches of each loader."""
-        loop = (
-            self.fit_loop.validation
-            if self.fit_loop is not None and self.evaluation_loop is None
-            else self.evaluation_loop
-        )
-        return [] if loop is None or loop.prefix != "validation" else list(loop.batches)
+        return self._batches_of("validation")
 
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
@@ -96,8 +93,18 @@ class RunView:
         return self._batches_of("predict")
 
     def _batches_of(self, prefix: str) -> list[int | float]:
-        loop = self.evaluation_loop
-        return list(loop.batches) if loop is not None and loop.prefix == prefix else []
+        loop = self._loop_of(prefix)
+        return [] if loop is None else list(loop.batches)
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the training batch that is running, or ran last, is the epoch's last."""
+        return self.batch_idx + 1 >= self.num_training_batches
+
+    @property
+    def val_check_batch(self) -> int | float | None:
+        """Training batches between two validation runs; None before the loader is there."""
+        return None if self.fit_loop is None else self.fit_loop.validation_interval
 
     @property
     def train_dataloader(self) -> Any:
@@ -121,12 +128,30 @@ class RunView:
         return self._loaders_of("predict")
 
     def _loaders_of(self, prefix: str) -> Any:
-        loops = [self.evaluation_loop, None if self.fit_loop is None else self.fit_loop.validation]
-        for loop in loops:
-            if loop is not None and loop.prefix == prefix:
-                loaders = [stream.loader for stream in loop.streams]
-                return loaders[0] if len(loaders) == 1 else loaders
-        return None
+        loop = self._loop_of(prefix)
+        if loop is None:
+            return None
+        loaders = [stream.loader for stream in loop.streams]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+    @property
+    def validate_loop(self) -> EvaluationLoop | None:
+        """The loop of validation, inside fit or by itself; None before the first."""
+        return self._loop_of("validation")
+
+    @property
+    def test_loop(self) -> EvaluationLoop | None:
+        """The loop of the last test, or None."""
+        return self._loop_of("test")
+
+    @property
+    def predict_loop(self) -> EvaluationLoop | None:
+        """The loop of the last prediction, or None; it has the predictions and, for writers, their rows."""
+        return self._loop_of("predict")
+
+    def _loop_of(self, prefix: str) -> EvaluationLoop | None:
+        loops = (self.evaluation_loop, None if self.fit_loop is None else self.fit_loop.validation)
+        return next((loop for loop in loops if loop is not None and loop.prefix == prefix), None)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
@@ -138,9 +163,16 @@ class RunView:
         steps = float("inf") if self.max_steps == -1 else self.max_steps
         if self.max_epochs in (None, -1):
             return steps
-        accumulate = self.accumulate_grad_batches
-        per_epoch = loop.batches if loop.batches == float("inf") else -(-int(loop.batches) // accumulate)
-        return min(steps, per_epoch * int(self.max_epochs or 0))
+        if loop.batches == float("inf"):
+            return steps
+        schedule = next(
+            (one for one in self.callbacks if isinstance(one, GradientAccumulationScheduler)), None
+        )
+        factors = (
+            self.accumulate_grad_batches if schedule is None else schedule.get_accumulate_grad_batches(epoch)
+            for epoch in range(int(self.max_epochs or 0))
+        )
+        return min(steps, sum(-(-int(loop.batches) // factor) for factor in factors))
 
     # -- metrics ---------------------------------------------------------------------------------------------
 
@@ -168,13 +200,22 @@ class RunView:
 
     @property
     def logger(self) -> Logger | None:
-        """The first logger, or None."""
+        """The first logger, or None; what is assigned is the only one from then on."""
         return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Logger | None) -> None:
+        self.loggers = [] if logger is None else [logger]
 
     @property
     def log_dir(self) -> str | None:
-        """The first logger's directory of this version; without a logger the root directory."""
-        return self.default_root_dir if self.logger is None else self.logger.log_dir
+        """The first logger's directory of this version, or else its ``save_dir``; without one the root."""
+        return self.default_root_dir if self.logger is None else self.logger.log_dir or self.logger.save_dir
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler, or None."""
+        return self.precision_plugin.scaler
 
     @property
     def checkpoint_callbacks(self) -> list[Checkpoint]:
@@ -183,9 +224,9 @@ class RunView:
 
     @property
     def checkpoint_callback(self) -> Any:
-        """The first of them, or None."""
+        """The first of them that keeps track of its files, or else the first, or None."""
         found = self.checkpoint_callbacks
-        return found[0] if found else None
+        return next((one for one in found if hasattr(one, "best_model_path")), found[0] if found else None)
 
     @property
     def early_stopping_callbacks(self) -> list[EarlyStopping]:
@@ -226,9 +267,14 @@ class RunView:
         return self.strategy.world_size
 
     @property
+    def accelerator(self) -> Any:
+        """The kind of device that the run computes on."""
+        return self.strategy.accelerator
+
+    @property
     def num_devices(self) -> int:
         """Devices on this machine that the job uses."""
-        return 1
+        return len(self.strategy.parallel_devices)
 
     @property
     def num_nodes(self) -> int:
@@ -287,3 +333,9 @@ class RunView:
     def interrupted(self) -> bool:
         """The last run ended with an exception."""
         return self.state.status is TrainerStatus.INTERRUPTED
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print once per job, above the progress bar if there is one."""
+        if self.is_global_zero:
+            bar = self.progress_bar_callback
+            (print if bar is None else bar.print)(*args, **kwargs)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Checkpoint, SavePlan
-from holdfast.checkpoint.engine import SaveReport
+from holdfast.checkpoint import payload as payloads
+from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO
+from holdfast.checkpoint.engine import SaveReport, plain_summary
 from holdfast.training import state
+from holdfast.training.hooks import is_overridden, profile
 from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
@@ -17,12 +22,14 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
     """Save what callbacks have asked for.
 
     All plans are made before anything is written, so that each file holds the state of every callback as it
-    is after all of these saves; plans with the same content share one file under several names.
+    is after all of these saves; plans with the same content share one file under several names. Where a
+    plugin writes in the background, callbacks are told of a save when `settle` finds it done.
 
     Raises:
         StorageError: the disk refused. What was not committed is rolled back; older files are untouched.
     """
     requests, trainer.save_requests = trainer.save_requests, []
+    settle(trainer)
     open_plans: list[tuple[Checkpoint, SavePlan]] = []
     try:
         for callback in requests:
@@ -37,16 +44,40 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
             extra: dict[str, Any] = {}
             for _, plan in group:
                 extra.update(plan.summary_extra)
+            settle(trainer)
             # What one callback deletes must not be what another one's symlink points to.
             report = save(
                 trainer, names, weights_only=weights_only, exact=exact, extra=extra, symlinks=len(group) == 1
             )
             for callback, plan in group:
                 open_plans.remove((callback, plan))
-                callback.committed(trainer, plan, report)
+                if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
+                    trainer.strategy.saves_in_flight.append((callback, plan, report))
+                else:
+                    callback.committed(trainer, plan, report)
     finally:
         for callback, plan in open_plans:
             callback.rolled_back(trainer, plan)
+
+
+def settle(trainer: Trainer) -> None:
+    """Wait for what a plugin still writes in the background, and tell the callbacks whose saves these are.
+
+    Raises:
+        Exception: the one that ended the save; its callbacks forget it, and what they had stays.
+    """
+    checkpoint_io = trainer.strategy.own_checkpoint_io
+    if not isinstance(checkpoint_io, AsyncCheckpointIO):
+        return
+    in_flight, trainer.strategy.saves_in_flight = trainer.strategy.saves_in_flight, []
+    try:
+        checkpoint_io.wait()
+    except BaseException:
+        for callback, plan, _ in in_flight:
+            callback.rolled_back(trainer, plan)
+        raise
+    for callback, plan, report in in_flight:
+        callback.committed(trainer, plan, report)
 
 
 def save(
@@ -57,18 +88,79 @@ def save(
     exact: bool,
     extra: dict[str, Any],
     symlinks: bool = True,
+    storage_options: Any = None,
 ) -> SaveReport:
-    """Write the run as it is under all of ``names``; warn once of each thing that cannot be stored."""
-    payload = state.capture(trainer, weights_only=weights_only, exact=exact)
-    summary = {
-        "step": trainer.global_step,
-        "epoch": trainer.current_epoch,
-        "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
-        "exact": exact and not weights_only,
-        "kind": "weights" if weights_only else "full",
-        **extra,
-    }
-    report = trainer.engine.save(payload, names[0], names=names[1:], symlinks=symlinks, summary=summary)
-    for where, reason in report.omissions:
+    """Write the run as it is under all of ``names``; warn once of each thing that cannot be stored.
+
+    Args:
+        trainer: Whose run.
+        names: The file, and further names of the same content.
+        weights_only: Leave out what only resuming needs.
+        exact: The run stands at a safe point.
+        extra: Plain values for the file's summary.
+        symlinks: Whether a further name may be a symlink.
+        storage_options: For a checkpoint plugin.
+
+    Raises:
+        ConfigError: storage options, and no plugin that takes them.
+        StorageError: the disk refused.
+    """
+    with profile(trainer, "save_checkpoint"):
+        payload = state.capture(trainer, weights_only=weights_only, exact=exact)
+        summary = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
+            "exact": exact and not weights_only,
+            "kind": "weights" if weights_only else "full",
+            **extra,
+        }
+        if writes_itself(trainer):
+            return _save_by_plugin(trainer, payload, names, summary, storage_options)
+        if storage_options is not None:
+            # Says that the engine takes none, and what does.
+            TorchCheckpointIO().save_checkpoint(payload, names[0], storage_options=storage_options)
+        report = trainer.engine.save(payload, names[0], names=names[1:], symlinks=symlinks, summary=summary)
+        _tell_omissions(report.omissions)
+        return report
+
+
+def writes_itself(trainer: Trainer) -> bool:
+    """Whether the user's plugin or strategy writes checkpoints, rather than the engine."""
+    checkpoint_io = trainer.strategy.own_checkpoint_io
+    engine_like = checkpoint_io is None or type(checkpoint_io) is TorchCheckpointIO
+    return not engine_like or is_overridden("save_checkpoint", trainer.strategy)
+
+
+def writes_own_format(trainer: Trainer) -> bool:
+    """Whether what the plugin writes is, as far as anybody can tell, not holdfast's format."""
+    checkpoint_io: Any = trainer.strategy.own_checkpoint_io
+    while isinstance(checkpoint_io, AsyncCheckpointIO):
+        checkpoint_io = checkpoint_io.checkpoint_io
+    return checkpoint_io is not None and not isinstance(checkpoint_io, TorchCheckpointIO)
+
+
+def _save_by_plugin(
+    trainer: Trainer, payload: dict[str, Any], names: list[str], summary: dict[str, Any], storage_options: Any
+) -> SaveReport:
+    """Hand the plugin a checkpoint for each name; what it writes and how is its own affair."""
+    began = time.monotonic()
+    omissions: list[tuple[str, str]] = []
+    if writes_own_format(trainer):
+        # Plain values and tensors, so that torch.save can write it and torch.load read it.
+        encoded = payloads.encode(payload)
+        payload, omissions = encoded.tree, encoded.omissions
+        payload["holdfast"]["types"] = encoded.types
+        _tell_omissions(omissions)
+    payload["holdfast"]["summary"] = plain_summary(summary)
+    for name in names:
+        trainer.strategy.save_checkpoint(payload, name, storage_options=storage_options)
+    spent = time.monotonic() - began
+    size = os.path.getsize(names[0]) if os.path.isfile(names[0]) else 0
+    links = ("copy",) * (len(names) - 1)
+    return SaveReport(names[0], tuple(names[1:]), size, spent, spent, omissions, links)
+
+
+def _tell_omissions(omissions: list[tuple[str, str]]) -> None:
+    for where, reason in omissions:
         warn_once(("omitted", where), f"{where} is not in the checkpoint: {reason}")
-    return report

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch import Tensor
 
-from holdfast.checkpoint.load import load
-from holdfast.checkpoint.migrate import FORMAT_VERSION, LIGHTNING_VERSION, upgrade
-from holdfast.errors import CheckpointIncompatible, ConfigError
+from holdfast.callbacks.timer import Timer
+from holdfast.callbacks.weight_averaging import WeightAveraging
+from holdfast.checkpoint.migrate import FORMAT_VERSION, LIGHTNING_VERSION
+from holdfast.checkpoint.origin import is_url, title
+from holdfast.errors import CheckpointIncompatible
 from holdfast.training import rng
 from holdfast.training.hooks import is_overridden
-from holdfast.training.hparams import instantiate
+from holdfast.training.hparams import stored
 from holdfast.training.progress import BATCH, END, VALIDATED
+from holdfast.training.weights import load_weights
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, A
         "epoch": progress.epoch,
         "global_step": progress.global_step,
         "pytorch-lightning_version": LIGHTNING_VERSION,
-        "state_dict": module.state_dict(),
+        "state_dict": trainer.strategy.lightning_module_state_dict(),
         "loops": progress.lightning_loops(progress.global_step, _batches(trainer)),
     }
     _capture_hyperparameters(payload, module, "hparams_name", "hyper_parameters")
@@ -56,7 +58,9 @@ def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, A
             payload, datamodule, "datamodule_hparams_name", "datamodule_hyper_parameters"
         )
     if not weights_only:
-        payload["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        payload["optimizer_states"] = [
+            trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers
+        ]
         payload["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         payload["callbacks"] = {}
         for callback in trainer.callbacks:
@@ -75,6 +79,9 @@ def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, A
             callback.on_save_checkpoint(trainer, module, payload)
     else:
         payload["holdfast"] = {"format_version": FORMAT_VERSION, "exact": False, "kind": "weights"}
+        for callback in trainer.callbacks:
+            if isinstance(callback, WeightAveraging):
+                callback.put_average(payload)
     if datamodule is not None:
         datamodule.on_save_checkpoint(payload)
     module.on_save_checkpoint(payload)
@@ -87,9 +94,11 @@ def _batches(trainer: Trainer) -> int:
 
 
 def _capture_hyperparameters(payload: dict[str, Any], owner: Any, name_key: str, values_key: str) -> None:
-    if owner.hparams:
-        payload[name_key] = owner._hparams_name
-        payload[values_key] = dict(owner.hparams)
+    found = stored(owner)
+    if found is not None:
+        payload[name_key], kind, payload[values_key] = found
+        if kind is not None:
+            payload[name_key.removesuffix("name") + "type"] = kind
 
 
 def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
@@ -97,7 +106,7 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     loop = trainer.fit_loop
     modes = trainer.training_modes or {}
     progress.should_stop = trainer.should_stop
-    progress.limits = [trainer.max_epochs, trainer.max_steps]
+    progress.limits = _limits(trainer)
     # An epoch that a limit cut short can be gone on with by a run that has a higher one.
     mid_epoch = progress.stage in (BATCH, VALIDATED) or (progress.stage == END and not progress.full_epoch)
     for logger in trainer.loggers:
@@ -125,6 +134,13 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     }
 
 
+def _limits(trainer: Trainer) -> list[Any]:
+    """What the run ends at; one that goes on under other limits is meant to train on."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+    durations = [timer.duration_s for timer in timers if timer.duration_s is not None]
+    return [trainer.max_epochs, trainer.max_steps, *durations]
+
+
 def _capture_gradients(trainer: Trainer) -> dict[str, Tensor] | None:
     """The gradients that the next batch goes on from; None where it starts by clearing them."""
     module, progress = trainer.lightning_module, trainer.progress
@@ -149,103 +165,6 @@ def environment() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-# -- weights -------------------------------------------------------------------------------------------------
-
-
-def load_weights(module: nn.Module, state_dict: Mapping[str, Any], *, strict: bool, source: str) -> None:
-    """Load weights; what does not fit is listed whole, and nothing is loaded unless it all can be.
-
-    Args:
-        module: Where to.
-        state_dict: From what.
-        strict: Whether every key must be on both sides. Shapes must match either way.
-        source: The file's name, for the message.
-
-    Raises:
-        CheckpointIncompatible: keys or shapes do not match, or with ``strict=False`` not one key does.
-    """
-    own = module.state_dict()
-    missing = [key for key in own if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in own]
-    misshapen = [
-        f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key, value in state_dict.items()
-        if key in own
-        and isinstance(value, Tensor)
-        and isinstance(own[key], Tensor)
-        and value.shape != own[key].shape
-        and not isinstance(own[key], UninitializedTensorMixin)
-    ]
-    name = type(module).__name__
-    parts = []
-    if missing and strict:
-        parts.append(f"{len(missing)} missing from the file:\n  " + "\n  ".join(missing))
-    if unexpected and strict:
-        parts.append(
-            f"{len(unexpected)} in the file that the model does not have:\n  " + "\n  ".join(unexpected)
-        )
-    if misshapen:
-        parts.append(f"{len(misshapen)} of another shape:\n  " + "\n  ".join(misshapen))
-    if own and state_dict and len(missing) == len(own):
-        first, there = next(iter(own)), next(iter(state_dict))
-        raise CheckpointIncompatible(
-            f"{source} does not fit {name}: not one of its {len(state_dict)} keys is the model's. The "
-            f"model has "
-            f"{first!r}, the file has {there!r}. Is it the right file, or is there a prefix to strip?"
-        )
-    if parts:
-        advice = "" if misshapen else "\nstrict=False loads what matches."
-        raise CheckpointIncompatible(f"{source} does not fit {name}. Keys " + "\nKeys ".join(parts) + advice)
-    # Through the module's own method: it, or a child, may have overridden it.
-    module.load_state_dict(state_dict, strict=strict)
-
-
-def build_from_checkpoint(
-    cls: type[Any],
-    path: str | os.PathLike[str],
-    map_location: Any,
-    hparams_file: str | os.PathLike[str] | None,
-    strict: bool | None,
-    overrides: Mapping[str, Any],
-) -> Any:
-    """`LightningModule.load_from_checkpoint`, and a datamodule's."""
-    payload = upgrade(
-        load(path, map_location=map_location or "cpu", skip=("optimizer_states",)), source=os.fspath(path)
-    )
-    is_module = issubclass(cls, nn.Module)
-    prefix = "" if is_module else "datamodule_"
-    saved = payload.get(prefix + ("hyper_parameters"))
-    if hparams_file is not None:
-        saved = _read_hparams_file(hparams_file)
-    if saved is not None and not isinstance(saved, Mapping):
-        saved = vars(saved)
-    built = instantiate(cls, saved or {}, payload.get(prefix + "hparams_name"), overrides)
-    if not is_module:
-        built.on_load_checkpoint(payload)
-        if cls.__qualname__ in payload:
-            built.load_state_dict(payload[cls.__qualname__])
-        return built
-    if is_overridden("configure_model", built):
-        built.configure_model()
-    built.on_load_checkpoint(payload)
-    if strict is None:
-        strict = built.strict_loading
-    load_weights(built, payload["state_dict"], strict=strict, source=os.path.basename(os.fspath(path)))
-    if map_location is not None and not callable(map_location) and not isinstance(map_location, dict):
-        built.to(map_location)
-    return built
-
-
-def _read_hparams_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    import yaml
-
-    if not os.fspath(path).endswith((".yaml", ".yml")):
-        raise ConfigError(f"hparams_file={os.fspath(path)!r}: expected a .yaml file.")
-    with open(path, encoding="utf-8") as file:
-        values = yaml.safe_load(file)
-    return dict(values or {})
 
 
 # -- restore, in the order in which a fit needs it -----------------------------------------------------------
@@ -276,6 +195,8 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
             f"{source} holds weights only; a run cannot go on from it. Load them with "
             f"{type(trainer.lightning_module).__name__}.load_from_checkpoint and start a new run."
         )
+    for callback in trainer.callbacks:
+        callback.on_restore_optimizers(trainer, trainer.lightning_module, payload)
     for what, live, saved in (
         ("optimizers", trainer.optimizers, payload["optimizer_states"]),
         ("LR schedulers", trainer.lr_scheduler_configs, payload["lr_schedulers"]),
@@ -285,22 +206,15 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
                 f"{source} holds the state of {len(saved)} {what}, but configure_optimizers returned "
                 f"{len(live)}. Resume with the optimizers that the run was started with."
             )
-    for index, (optimizer, state) in enumerate(
-        zip(trainer.optimizers, payload["optimizer_states"], strict=True)
-    ):
-        try:
-            optimizer.load_state_dict(state)
-        except ValueError as error:
-            raise CheckpointIncompatible(
-                f"{source}: the state of optimizer {index} does not fit {type(optimizer).__name__}: {error}"
-            ) from error
+    if trainer.strategy.lightning_restore_optimizer:
+        _restore_optimizers(trainer, payload, source)
     for config, state in zip(trainer.lr_scheduler_configs, payload["lr_schedulers"], strict=True):
         config.scheduler.load_state_dict(state)
     trainer.precision_plugin.load_state_dict(payload.get(trainer.precision_plugin.state_key, {}))
     _restore_callbacks(trainer, payload.get("callbacks") or {})
     progress = trainer.progress
     progress.load_state_dict(run["progress"])
-    if progress.limits == [trainer.max_epochs, trainer.max_steps]:
+    if progress.limits == _limits(trainer):
         trainer.should_stop = progress.should_stop
     elif progress.stage == END and not progress.full_epoch and (run.get("data") or {}).get("begin"):
         # A limit had cut this epoch short, and now there is another: its other batches come first.
@@ -314,12 +228,31 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
             logger.load_state_dict(saved["state"])
 
 
+def _restore_optimizers(trainer: Trainer, payload: dict[str, Any], source: str) -> None:
+    if is_overridden("load_optimizer_state_dict", trainer.strategy):
+        trainer.strategy.load_optimizer_state_dict(payload)
+        return
+    for index, (optimizer, state) in enumerate(
+        zip(trainer.optimizers, payload["optimizer_states"], strict=True)
+    ):
+        try:
+            optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointIncompatible(
+                f"{source}: the state of optimizer {index} does not fit {type(optimizer).__name__}: {error}"
+            ) from error
+
+
 def _restore_callbacks(trainer: Trainer, states: Mapping[str, Any]) -> None:
-    for callback in trainer.callbacks:
-        state = states.get(callback.state_key)
-        if state is not None:
-            callback.load_state_dict(state)
     unclaimed = set(states) - {callback.state_key for callback in trainer.callbacks}
+    by_class = {type(callback).__qualname__ for callback in trainer.callbacks} & unclaimed
+    for callback in trainer.callbacks:
+        key, name = callback.state_key, type(callback).__qualname__
+        if key not in states and name in by_class:
+            key = name  # before Lightning 1.5 a callback's state was known by its class alone
+        if states.get(key) is not None:
+            callback.load_state_dict(states[key])
+    unclaimed -= by_class
     # A ModelCheckpoint whose interval was changed has another key and finds its state by itself.
     names = {type(callback).__qualname__ for callback in trainer.checkpoint_callbacks}
     unclaimed = {key for key in unclaimed if str(key).partition("{")[0] not in names}
@@ -369,9 +302,9 @@ def describe_resume(trainer: Trainer, payload: dict[str, Any], path: str, skippe
         parts.append(f"{len(payload['callbacks'])} callback(s)")
     if "generators" in run:
         parts.append("generators")
+    name = title(path) if is_url(path) else os.path.relpath(path)
     rank_zero_info(
-        f"resumed from {os.path.relpath(path)}  step {progress.global_step}  "
-        f"restored: {', '.join(parts)}  goes on at {where}"
+        f"resumed from {name}  step {progress.global_step}  restored: {', '.join(parts)}  goes on at {where}"
     )
     if not run.get("exact"):
         rank_zero_info(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,8 +13,9 @@ from torch import Tensor
 
 from holdfast.callbacks.base import Callback, Checkpoint
 from holdfast.checkpoint.engine import CheckpointEngine
-from holdfast.errors import ConfigError
-from holdfast.strategies.single import SingleDeviceStrategy, choose_device
+from holdfast.errors import ArgumentError, ConfigError
+from holdfast.profilers.choose import choose_profiler
+from holdfast.strategies.choose import choose_strategy
 from holdfast.training import configuration, run
 from holdfast.training.configured import LRSchedulerConfig
 from holdfast.training.datamodule import LightningDataModule
@@ -20,12 +24,30 @@ from holdfast.training.loops import FitLoop
 from holdfast.training.metrics import MetricStore
 from holdfast.training.module import LightningModule
 from holdfast.training.optimization import LightningOptimizer
-from holdfast.training.precision import make_precision
+from holdfast.training.plugins import sort_plugins
 from holdfast.training.progress import Progress, TrainerFn, TrainerState, TrainerStatus
 from holdfast.training.results import Results
 from holdfast.training.run_view import RunView
-from holdfast.training.saving import carry_out_requests, save
+from holdfast.training.saving import carry_out_requests, save, settle
+from holdfast.training.spellings import takes_old_spellings
 from holdfast.utilities.rank_zero import warn_once
+
+
+def as_module(method: str, model: Any) -> LightningModule:
+    """The module that is meant: the one inside, where it was given compiled; its calls stay compiled.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, LightningModule) and isinstance(model, torch._dynamo.OptimizedModule):
+        inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)
+        return inner
+    if not isinstance(model, LightningModule):
+        raise ArgumentError(
+            f"trainer.{method}(model): expected a holdfast.LightningModule, found {type(model).__name__}."
+        )
+    return model
 
 
 class Trainer(RunView):
@@ -36,7 +58,7 @@ class Trainer(RunView):
         strategy: "auto": one process on one device.
         devices: 1 or "auto"; or a list with one GPU's index.
         num_nodes: 1.
-        precision: "32-true", "bf16-mixed" or "16-mixed".
+        precision: "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true" or "64-true".
         logger: A logger or several; True for a CSVLogger, False for none.
         callbacks: A callback or several.
         fast_dev_run: Run this many batches (True: 1) of everything once, and save and log nothing.
@@ -44,10 +66,12 @@ class Trainer(RunView):
         min_epochs: Epochs before which nothing stops early.
         max_steps: Optimizer steps to train; -1 for no end.
         min_steps: Optimizer steps before which nothing stops early.
+        max_time: Stop after this time: "DD:HH:MM:SS", a timedelta, or a dict of its arguments.
         limit_train_batches: Training batches in an epoch: a count, or a fraction up to 1.0.
         limit_val_batches: Likewise for validation.
         limit_test_batches: Likewise for the test.
         limit_predict_batches: Likewise for prediction.
+        overfit_batches: Train and validate on this many batches (or this fraction), always the same ones.
         val_check_interval: Validate after this many batches (int) or this fraction of an epoch.
         check_val_every_n_epoch: Validate in every n-th epoch; None counts batches across epochs.
         num_sanity_val_steps: Validation batches before training; -1 for all.
@@ -61,19 +85,33 @@ class Trainer(RunView):
         deterministic: True makes torch use deterministic algorithms or raise, "warn" warns instead.
         benchmark: Sets ``torch.backends.cudnn.benchmark``.
         inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`.
+        use_distributed_sampler: Accepted: with one process there is nothing to distribute.
+        profiler: "simple", "advanced", "pytorch", or a Profiler: what takes how long.
         detect_anomaly: Sets `torch.autograd.set_detect_anomaly` for fit.
-        enable_autolog_hparams: Send hyperparameters to the loggers when a run starts.
+        barebones: Leave out all that costs time besides the steps, to see what these cost.
+        plugins: A CheckpointIO of your own, a precision, a cluster environment; or a list of them.
+        sync_batchnorm: False: with one process there is nothing to synchronize.
+        reload_dataloaders_every_n_epochs: Ask for new loaders after this many epochs; 0 for never.
         default_root_dir: Where logs and checkpoints go; the working directory when None.
+        enable_autolog_hparams: Send hyperparameters to the loggers when a run starts.
+        model_registry: None: there is none.
 
     Raises:
-        ConfigError: an argument does not exist or cannot work; the message names the fix.
+        ArgumentError: an argument does not exist or has the wrong type; the message names the fix.
+        ConfigError: an argument, or a combination of them, cannot work.
     """
 
+    resume_from_checkpoint: str | os.PathLike[str] | None
+    """What ``fit`` goes on from where it is not told: the spelling of 1.x."""
+    weights_save_path: str | None
+    """Where checkpoint callbacks without a directory save: the spelling of 1.x."""
+
+    @takes_old_spellings
     def __init__(
         self,
         *,
-        accelerator: str = "auto",
-        strategy: str | SingleDeviceStrategy = "auto",
+        accelerator: Any = "auto",
+        strategy: Any = "auto",
         devices: int | str | list[int] = "auto",
         num_nodes: int = 1,
         precision: Any = None,
@@ -84,10 +122,12 @@ class Trainer(RunView):
         min_epochs: int | None = None,
         max_steps: int = -1,
         min_steps: int | None = None,
+        max_time: str | timedelta | dict[str, int] | None = None,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
         val_check_interval: int | float | None = None,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int | None = None,
@@ -101,16 +141,33 @@ class Trainer(RunView):
         deterministic: bool | str | None = None,
         benchmark: bool | None = None,
         inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        profiler: Any = None,
         detect_anomaly: bool = False,
-        enable_autolog_hparams: bool = True,
+        barebones: bool = False,
+        plugins: Any = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
-        **unknown: Any,
+        enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
     ) -> None:
-        if unknown:
-            known = [name for name in Trainer.__init__.__annotations__ if name not in ("unknown", "return")]
-            configuration.refuse_unknown(unknown, known)
         check = configuration.check_count
-        self.fast_dev_run = int(fast_dev_run)
+        configuration.check_single_process(sync_batchnorm, model_registry)
+        self.barebones = barebones
+        if barebones:
+            configuration.check_barebones(
+                logger=logger, enable_checkpointing=enable_checkpointing,
+                enable_progress_bar=enable_progress_bar, enable_model_summary=enable_model_summary,
+                fast_dev_run=fast_dev_run, num_sanity_val_steps=num_sanity_val_steps,
+                log_every_n_steps=log_every_n_steps, detect_anomaly=detect_anomaly, profiler=profiler,
+            )  # fmt: skip
+            logger = enable_checkpointing = enable_progress_bar = enable_model_summary = False
+            num_sanity_val_steps = log_every_n_steps = 0
+        self.fast_dev_run = configuration.check_fast_dev_run(fast_dev_run)
+        self.overfit_batches = configuration.check_limit("overfit_batches", overfit_batches)
+        if self.overfit_batches:
+            limit_train_batches = limit_val_batches = self.overfit_batches
         if self.fast_dev_run:
             limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = (
                 self.fast_dev_run
@@ -120,7 +177,7 @@ class Trainer(RunView):
         self.default_root_dir = configuration.root_directory(default_root_dir)
         self.max_epochs = check("max_epochs", max_epochs, least=-1)
         self.max_steps = check("max_steps", max_steps, least=-1)
-        if self.max_epochs is None and self.max_steps == -1:
+        if self.max_epochs is None and self.max_steps == -1 and max_time is None:
             self.max_epochs = 1000
             warn_once(
                 "max_epochs", "Trainer(max_epochs=...) was not given; training stops after 1000 epochs."
@@ -144,28 +201,23 @@ class Trainer(RunView):
             else check("num_sanity_val_steps", num_sanity_val_steps, least=-1)
         )
         self.log_every_n_steps = (
-            50
-            if log_every_n_steps is None
-            else max(1, check("log_every_n_steps", log_every_n_steps, least=0))
+            50 if log_every_n_steps is None else check("log_every_n_steps", log_every_n_steps, least=0)
+        )
+        self.reload_dataloaders_every_n_epochs = check(
+            "reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, least=0
         )
         self.accumulate_grad_batches = check("accumulate_grad_batches", accumulate_grad_batches, least=1)
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
-        if gradient_clip_algorithm not in (None, "norm", "value"):
-            raise ConfigError(
-                f"Trainer(gradient_clip_algorithm={gradient_clip_algorithm!r}): expected 'norm' or 'value'."
-            )
+        configuration.check_clipping(gradient_clip_val, gradient_clip_algorithm)
         self.inference_mode = inference_mode
         self.detect_anomaly = detect_anomaly
         self.log_hyperparameters = enable_autolog_hparams
-        if num_nodes != 1:
-            raise ConfigError(f"Trainer(num_nodes={num_nodes!r}): one machine is what there is so far.")
-        if isinstance(strategy, str):
-            if strategy not in ("auto", "single_device"):
-                raise ConfigError(f"Trainer(strategy={strategy!r}): 'auto' is what there is so far.")
-            strategy = SingleDeviceStrategy(choose_device(accelerator, devices))
-        self.strategy = strategy
-        self.precision_plugin = make_precision(precision, strategy.root_device)
+        self.strategy = choose_strategy(strategy, accelerator, devices, num_nodes)
+        self.precision_plugin, self.checkpoint_io, self.cluster_environment = sort_plugins(
+            plugins, precision, self.strategy.root_device, self.strategy
+        )
+        self.profiler = choose_profiler(profiler)
         if deterministic:
             torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
         if benchmark is not None:
@@ -177,6 +229,7 @@ class Trainer(RunView):
             progress_bar=enable_progress_bar,
             summary=enable_model_summary,
             fast_dev_run=self.fast_dev_run,
+            max_time=max_time,
         )
         self.engine = CheckpointEngine()
         self.state = TrainerState()
@@ -238,12 +291,11 @@ class Trainer(RunView):
             ConfigError: the module lacks what training needs.
             CheckpointError: the checkpoint cannot be gone on from; nothing was trained or changed on disk.
         """
-        if not isinstance(model, LightningModule):
-            raise ConfigError(
-                f"trainer.fit(model): expected a holdfast.LightningModule, found {type(model).__name__}."
-            )
+        model = as_module("fit", model)
         if isinstance(train_dataloaders, LightningDataModule):
             datamodule, train_dataloaders = train_dataloaders, None
+        configuration.check_one_source("fit", datamodule, train_dataloaders, val_dataloaders)
+        ckpt_path = self.resume_from_checkpoint if ckpt_path is None else ckpt_path
         run.guarded(
             self,
             TrainerFn.FITTING,
@@ -303,6 +355,9 @@ class Trainer(RunView):
     ) -> Any:
         if isinstance(dataloaders, LightningDataModule):
             datamodule, dataloaders = dataloaders, None
+        if model is not None:
+            model = as_module(str(fn), model)
+        configuration.check_one_source(str(fn), datamodule, dataloaders)
         return run.guarded(
             self, fn, lambda: run.evaluate(self, fn, model, dataloaders, datamodule, ckpt_path, **options)
         )
@@ -319,20 +374,36 @@ class Trainer(RunView):
         Args:
             filepath: The file's final name; directories are made.
             weights_only: Leave out what only training needs.
-            storage_options: Not supported.
+            storage_options: Handed to a CheckpointIO of your own; holdfast's engine takes none.
 
         Raises:
             StorageError: the disk refused; a file that was there before is untouched.
         """
-        if storage_options is not None:
-            raise ConfigError("trainer.save_checkpoint(storage_options=...) is not supported. Leave it out.")
         if self.model is None:
             raise ConfigError(
                 "trainer.save_checkpoint(path): there is no model yet. Call fit, validate or test first."
             )
         inside = self.state.status is TrainerStatus.RUNNING or self.broke_off
         path = os.path.abspath(os.fspath(filepath))
-        save(self, [path], weights_only=bool(weights_only), exact=not inside, extra={})
+        save(
+            self,
+            [path],
+            weights_only=bool(weights_only),
+            exact=not inside,
+            extra={},
+            storage_options=storage_options,
+        )
+        settle(self)
+
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """A context in which a module is built on the run's device and in its number format right away.
+
+        Args:
+            empty_init: Leave weights uninitialised, because they are going to be loaded.
+        """
+        with self.strategy.tensor_init_context(empty_init), self.precision_plugin.module_init_context():
+            yield
 
     # -- requests and the safe point -------------------------------------------------------------------------
 
