@@ -74,7 +74,7 @@ class TestArguments:
                 "Trainer(gradient_clip_algorithm='median'): expected 'norm' or 'value'.",
             ),
             (
-                {"check_val_every_n_epoch": None},
+                {"check_val_every_n_epoch": None, "val_check_interval": 0.5},
                 "Trainer(check_val_every_n_epoch=None) counts batches across epochs: give val_check_interval as an int.",
             ),
             (

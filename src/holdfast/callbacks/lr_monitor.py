@@ -159,9 +159,7 @@ class LearningRateMonitor(Callback):
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.log_metrics(values, step=trainer.progress.batches_that_stepped)
         device = trainer.strategy.root_device
-        trainer.metrics.take(
-            {name: torch.tensor(value, device=device) for name, value in values.items()}
-        )
+        trainer.metrics.take({name: torch.tensor(value, device=device) for name, value in values.items()})
 
     def _read(self, watched: Watched) -> dict[str, float]:
         groups, optimizer = watched.optimizer.param_groups, watched.optimizer

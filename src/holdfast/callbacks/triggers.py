@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from holdfast.errors import ConfigError
 
 
@@ -56,7 +58,7 @@ def saves_on_train_epoch_end(
     asked: bool | None,
     *,
     validates: bool,
-    val_check_interval: int | float | None,
+    val_check_interval: int | float | timedelta | None,
     check_val_every_n_epoch: int | None,
 ) -> bool:
     """Tell whether epochs are judged when training through them ends, or else when validation ends.
@@ -64,7 +66,7 @@ def saves_on_train_epoch_end(
     Args:
         asked: What the user said; None leaves it to the schedule.
         validates: Whether validation runs inside this fit at all. Without it there is only one answer.
-        val_check_interval: A float is a share of the epoch, an int a number of batches.
+        val_check_interval: A float is a share of the epoch, an int a number of batches, or it is a time.
         check_val_every_n_epoch: Epochs between validations; None when validation counts batches only.
     """
     if asked is not None:

@@ -294,13 +294,16 @@ class EvaluationLoop:
             self.trainer.log_to_loggers(metrics, before + batch_idx, with_epoch=False)
 
     def _per_loader(self, results: Results) -> list[dict[str, float]]:
-        """The epoch's metrics as numbers, one dict per loader; what belongs to no loader is in each."""
+        """The epoch's metrics as numbers, less those logged with ``logger=False``: one dict per loader.
+
+        What belongs to no loader is in each.
+        """
         per_loader: list[dict[str, float]] = [{} for _ in self.streams] or [{}]
         for index, values in enumerate(per_loader):
-            found = results.epoch_metrics(partial(_belongs, index))
+            found = results.epoch_metrics(partial(_is_result, index))
             values.update({name: value.item() for name, value in found.items()})
         return per_loader
 
 
-def _belongs(loader: int, entry: Entry) -> bool:
-    return entry.loader is None or entry.loader == loader
+def _is_result(loader: int, entry: Entry) -> bool:
+    return entry.logger and (entry.loader is None or entry.loader == loader)

@@ -192,13 +192,13 @@ class FitLoop(LoopView):
     def _run_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
         resumed, self._resumed = self._resumed, None
-        self.validates_this_epoch = trainer.enable_validation and (
-            trainer.check_val_every_n_epoch is None
-            or (progress.epoch + 1) % trainer.check_val_every_n_epoch == 0
-        )
         mid_epoch = resumed is not None and progress.stage in (BATCH, VALIDATED)
         if resumed is not None and not mid_epoch:
             self._resume_between_epochs(resumed)
+        every = trainer.check_val_every_n_epoch
+        self.validates_this_epoch = trainer.enable_validation and (
+            every is None or (progress.epoch + 1) % every == 0
+        )
         if mid_epoch:
             assert resumed is not None
             self.accumulate = trainer.accumulate_grad_batches
@@ -231,10 +231,6 @@ class FitLoop(LoopView):
         progress = self.progress
         if progress.stage == END:
             progress.epoch, progress.batch, progress.stage = progress.epoch + 1, 0, START
-            self.validates_this_epoch = self.trainer.enable_validation and (
-                self.trainer.check_val_every_n_epoch is None
-                or (progress.epoch + 1) % self.trainer.check_val_every_n_epoch == 0
-            )
         data = resumed.get("data")
         assert self.stream is not None
         if data is not None:

@@ -82,8 +82,8 @@ class Isolation:
     """Lets code draw from seeded generators and then gives the run its own back, in some 20 microseconds.
 
     NumPy's state would take 90 us to copy out and in, so its generator is swapped for a spare one instead.
-    That drops the second half of a pair of ``numpy.random.randn`` that may wait in the run's own generator:
-    every fetch does, so a resumed run has to, where the run that never stopped had its next fetch (`settle`).
+    That drops the second half of a pair of ``numpy.random.randn`` that may wait in the run's own generator,
+    at every fetch.
     """
 
     __slots__ = ("_active", "_numpy", "_python", "_spare", "_torch")
@@ -108,11 +108,6 @@ class Isolation:
         random.seed(seed)
         torch.default_generator.manual_seed(seed)
         self._active = True
-
-    def settle(self) -> None:
-        """Leave the run's generators as a fetch would leave them."""
-        self.enter(0)
-        self.leave()
 
     def leave(self) -> None:
         """Give the run its generators back; does nothing when they are in place already."""

@@ -114,25 +114,22 @@ class RunView:
 
     @property
     def val_dataloaders(self) -> Any:
-        """The validation loader, or the list of them."""
+        """The validation loader, or the collection of them, as it was given."""
         return self._loaders_of("validation")
 
     @property
     def test_dataloaders(self) -> Any:
-        """The test loader, or the list of them."""
+        """The test loader, or the collection of them, as it was given."""
         return self._loaders_of("test")
 
     @property
     def predict_dataloaders(self) -> Any:
-        """The prediction loader, or the list of them."""
+        """The prediction loader, or the collection of them, as it was given."""
         return self._loaders_of("predict")
 
     def _loaders_of(self, prefix: str) -> Any:
         loop = self._loop_of(prefix)
-        if loop is None:
-            return None
-        loaders = [stream.loader for stream in loop.streams]
-        return loaders[0] if len(loaders) == 1 else loaders
+        return None if loop is None else loop.loaders
 
     @property
     def validate_loop(self) -> EvaluationLoop | None:

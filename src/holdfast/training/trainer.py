@@ -30,6 +30,7 @@ from holdfast.training.results import Results
 from holdfast.training.run_view import RunView
 from holdfast.training.saving import carry_out_requests, save, settle
 from holdfast.training.spellings import takes_old_spellings
+from holdfast.training.validation_schedule import check_interval
 from holdfast.utilities.rank_zero import warn_once
 
 
@@ -72,7 +73,7 @@ class Trainer(RunView):
         limit_test_batches: Likewise for the test.
         limit_predict_batches: Likewise for prediction.
         overfit_batches: Train and validate on this many batches (or this fraction), always the same ones.
-        val_check_interval: Validate after this many batches (int) or this fraction of an epoch.
+        val_check_interval: Validate after this many batches (int), this fraction of an epoch, or this time.
         check_val_every_n_epoch: Validate in every n-th epoch; None counts batches across epochs.
         num_sanity_val_steps: Validation batches before training; -1 for all.
         log_every_n_steps: Steps between rows of step values in the loggers.
@@ -128,7 +129,7 @@ class Trainer(RunView):
         limit_test_batches: int | float | None = None,
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
-        val_check_interval: int | float | None = None,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int | None = None,
         log_every_n_steps: int | None = None,
@@ -188,13 +189,8 @@ class Trainer(RunView):
         self.limit_val_batches = configuration.check_limit("limit_val_batches", limit_val_batches)
         self.limit_test_batches = configuration.check_limit("limit_test_batches", limit_test_batches)
         self.limit_predict_batches = configuration.check_limit("limit_predict_batches", limit_predict_batches)
-        self.val_check_interval = configuration.check_limit("val_check_interval", val_check_interval)
         self.check_val_every_n_epoch = check("check_val_every_n_epoch", check_val_every_n_epoch, least=1)
-        if self.check_val_every_n_epoch is None and isinstance(self.val_check_interval, float):
-            raise ConfigError(
-                "Trainer(check_val_every_n_epoch=None) counts batches across epochs: give "
-                "val_check_interval as an int."
-            )
+        self.val_check_interval = check_interval(val_check_interval, self.check_val_every_n_epoch)
         self.num_sanity_val_steps = (
             2
             if num_sanity_val_steps is None

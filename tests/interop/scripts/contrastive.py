@@ -14,9 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def encoder(width, outputs):
-    return nn.Sequential(
-        nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, outputs)
-    )
+    return nn.Sequential(nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, outputs))
 
 
 class MomentumContrast(pl.LightningModule):

@@ -107,7 +107,11 @@ def main():
     val = DataLoader(Digits(slice(1300, 1500)), batch_size=100)
     test = DataLoader(Digits(slice(1500, None)), batch_size=100)
     best = ModelCheckpoint(
-        monitor="val_accuracy", mode="max", save_top_k=2, filename="{epoch}-{val_accuracy:.3f}", save_last=True
+        monitor="val_accuracy",
+        mode="max",
+        save_top_k=2,
+        filename="{epoch}-{val_accuracy:.3f}",
+        save_last=True,
     )
     trainer = pl.Trainer(
         accelerator="cpu",
