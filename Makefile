@@ -1,8 +1,9 @@
-# One virtual environment, five verbs. Nothing has to be installed by hand.
+# One virtual environment, six verbs. Nothing has to be installed by hand.
 #
 #   make demo     train, kill, start again, compare bit for bit
 #   make test     the whole test suite
 #   make check    ruff, mypy --strict, the architecture tests
+#   make soak     long searches for a resumed run that differs; SEED=n starts them elsewhere
 #   make bench    step overhead and import time beside their peers
 #   make clean    remove the environment and caches; runs/ stays
 #
@@ -15,12 +16,13 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 ARGS   ?=
+SEED   ?= 1000
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check soak bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -28,10 +30,11 @@ help:
 	@echo 'make demo     train on real digits, kill -9 in mid-epoch, start again, compare bit for bit'
 	@echo 'make test     run the whole test suite'
 	@echo 'make check    ruff, mypy --strict on the package, the architecture tests'
+	@echo 'make soak     long searches for a resumed run that differs; SEED=n starts them elsewhere'
 	@echo 'make bench    step overhead and import time beside a raw loop, Accelerate and Lightning'
 	@echo 'make clean    remove the environment and caches; runs/ stays'
 	@echo
-	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS'
+	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS SEED'
 
 demo: $(VENV)/.installed-examples
 	@$(BIN)/python examples/demo.py $(ARGS)
@@ -47,6 +50,10 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 	@$(BIN)/mypy
 	@echo '== architecture'
 	@$(BIN)/python -m pytest -q --durations=0 tests/test_import_direction.py tests/test_public_names.py tests/test_readme.py
+
+soak: $(VENV)/.installed-test
+	@HOLDFAST_FEATURES_EXAMPLES=2000 HOLDFAST_FEATURES_SEED=$(SEED) \
+	  $(BIN)/python -m pytest -q tests/resume/test_random_features.py $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/step_overhead.py $(ARGS)

@@ -55,7 +55,7 @@ def exchange(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
             other.copy_(value)
 
 
-def settle(trainer: Trainer) -> None:
+def wait_for_copy(trainer: Trainer) -> None:
     """Return when weights may change: a save in the background may still be copying them."""
     if trainer.engine.copying:
         trainer.engine.wait_for_copy()

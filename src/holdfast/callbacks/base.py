@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from holdfast.utilities.rank_zero import warn_once
 from holdfast.utilities.types import STEP_OUTPUT
 
 if TYPE_CHECKING:
@@ -21,10 +23,36 @@ class Callback:
     Only overridden hooks are called, so a callback costs nothing at the moments that it leaves alone.
     """
 
+    _module: LightningModule | None = None
+    """The module of the run that is going on."""
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a value as the module's own ``log`` does in the hook of the same name."""
+        self.log_dict({name: value}, *args, **kwargs)
+
+    def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log every item of a dict; see `log`."""
+        if self._module is None:
+            warn_once(
+                "log without run",
+                f"{type(self).__name__}.log({', '.join(map(repr, dictionary))}) was called outside of a run; "
+                "the value is not kept.",
+            )
+        else:
+            self._module.log_dict(dictionary, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle does not drag the run along.
+        return {name: value for name, value in self.__dict__.items() if name != "_module"}
+
     @property
     def state_key(self) -> str:
         """The name that this callback's state has in a checkpoint; unique among a trainer's callbacks."""
         return type(self).__qualname__
+
+    def _generate_state_key(self, **kwargs: Any) -> str:
+        """A state key of the class and what tells its objects apart, for a ``state_key`` of your own."""
+        return f"{type(self).__qualname__}{kwargs!r}"
 
     def uses_hook(self, name: str) -> bool:
         """Tell whether ``name`` has to be called on this callback; asked once, when a run starts."""
@@ -41,6 +69,11 @@ class Callback:
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Called while a checkpoint is put together; may change ``checkpoint``."""
+
+    def on_save_weights(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called in place of ``on_save_checkpoint`` where weights alone are saved; may change them."""
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

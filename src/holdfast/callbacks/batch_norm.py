@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import random
-import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.utilities.rank_zero import rank_zero_info
-from holdfast.utilities.seed import isolate_rng
+from holdfast.utilities.seed import apart
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
@@ -71,23 +69,20 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 def _run(trainer: Trainer, module: Any) -> None:
     """``training_step`` on every batch of an epoch, as training would call it."""
-    loop, plugin = trainer.fit_loop, trainer.precision_plugin
+    loop = trainer.fit_loop
     assert loop is not None and loop.stream is not None
-    stream = _another(loop.stream, trainer)
-    transfer, device = getattr(loop, "transfer", None), trainer.strategy.root_device
-    context = plugin.context or nullcontext()
+    stream = loop.stream.another("batch norm")
+    transfer = loop.transfer
+    context = trainer.precision_plugin.context or nullcontext()
     parameters = inspect.signature(module.training_step).parameters
     takes_index = "batch_idx" in parameters or len(parameters) > 1
     before = stream.begin_state()
     # With gradients, which nobody computes: a loss may hold one of its own, such as a penalty.
-    with isolate_rng(), torch.enable_grad():
-        _seed(trainer.seed)
+    with apart(trainer.seed), torch.enable_grad():
         try:
             for index, batch in enumerate(stream.start(0)):
                 if transfer is not None:
                     batch = transfer(batch, 0)
-                else:
-                    batch = plugin.convert_input(module.transfer_batch_to_device(batch, device, 0))
                 with context:
                     module.training_step(*((batch, index) if takes_index else (batch,)))
                 if index + 1 >= loop.batches:
@@ -95,20 +90,3 @@ def _run(trainer: Trainer, module: Any) -> None:
         finally:
             stream.close()
             stream.restore_begin(before)
-
-
-def _another(stream: Any, trainer: Trainer) -> Any:
-    """A stream of its own over the same loader, or loaders: the run's stays where it is."""
-    arguments = {"stage": "batch norm", "seed": trainer.seed, "rank": trainer.global_rank}
-    combined = getattr(stream, "combined", None)
-    if combined is not None:
-        return type(stream)(combined, **arguments)
-    return type(stream)(stream.loader, index=0, **arguments)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed & 0xFFFFFFFF)

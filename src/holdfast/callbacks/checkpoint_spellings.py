@@ -5,7 +5,6 @@ An old spelling works and warns once, naming today's form.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -13,8 +12,9 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 from holdfast.callbacks.naming import DEFAULT_TEMPLATE
-from holdfast.errors import ArgumentError, ConfigError
+from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_deprecation
+from holdfast.utilities.unknown_names import unexpected_argument
 
 P = ParamSpec("P")
 
@@ -61,9 +61,7 @@ def today(given: dict[str, Any], known: list[str]) -> dict[str, Any]:
     arguments = {name: value for name, value in given.items() if name not in _OLD}
     for name in arguments:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {nearest[0]!r}?" if nearest else f"It takes {', '.join(known)}."
-            raise ArgumentError(f"ModelCheckpoint() got an unexpected keyword argument {name!r}. {hint}")
+            raise unexpected_argument("ModelCheckpoint", name, known)
     for name in (old for old in _OLD if old in given):
         meant = _OLD[name](given[name], arguments)
         for key in meant:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,7 @@ class View:
         k: int,
         mode: str,
         complete: bool,
+        written_since: Collection[str] = (),
     ) -> View:
         """Return the view with every path where its file is now, for a run that goes on at ``step``.
 
@@ -90,6 +91,7 @@ class View:
             mode: "min" or "max": which end is better.
             complete: Whether this view came from a checkpoint, so that with every file in its place it
                 needs no rebuilding.
+            written_since: Files of no later step, which were written after the view was all the same.
         """
 
         def where(path: str, score: float | None = None) -> str:
@@ -112,7 +114,8 @@ class View:
         alive = {place: self.best_k_models[path] for path, place in places.items() if place}
         if not complete or len(alive) < len(places):
             remembered = [Ranked(path, score.item()) for path, score in alive.items()]
-            stay = rebuild(remembered, found.values(), run=run, step=step, k=k, mode=mode)
+            others = [one for path, one in found.items() if path not in written_since]
+            stay = rebuild(remembered, others, run=run, step=step, k=k, mode=mode)
             alive = {one.path: alive.get(one.path, as_scalar(one.score)) for one in stay}
         return moved.with_models(alive, k, mode)
 

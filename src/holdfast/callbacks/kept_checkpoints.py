@@ -14,7 +14,7 @@ from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.callbacks.checkpoint_view import View, rank, worst_score
 from holdfast.callbacks.save_line import save_line
 from holdfast.checkpoint import catalog
-from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO
+from holdfast.checkpoint.checkpoint_io import writes_own_format
 from holdfast.checkpoint.retention import Found, left_behind
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info
@@ -91,7 +91,8 @@ class KeptCheckpoints(Checkpoint):
         self._ranked_version: int | None = None
         self._deferred = False
         self._leftovers: list[Found] = []
-        self._state_loaded = False
+        self._evict: list[str] = []
+        self._state_loaded = self._took_stock = False
         self._state_dirpath: str | None = None
         self._told_directory = False
 
@@ -100,10 +101,17 @@ class KeptCheckpoints(Checkpoint):
         if stage == "fit":
             directory = trainer.strategy.broadcast(self.dirpath or default_directory(trainer))
             self.dirpath = os.path.abspath(directory)
+            self._took_stock = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take stock for a run that was already done when it was resumed: no training starts in it."""
+        if trainer.resumed_from is not None and not self._took_stock:
+            KeptCheckpoints.on_train_start(self, trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take stock of the directory when the run goes on from a checkpoint."""
-        resumed_from = getattr(trainer, "resumed_from", None)
+        self._took_stock = True
+        resumed_from = trainer.resumed_from
         if resumed_from is not None:
             stock = self._take_stock(trainer, resumed_from) if trainer.is_global_zero else (None, None, [])
             self._run, view, self._leftovers = trainer.strategy.broadcast(stock)
@@ -111,9 +119,12 @@ class KeptCheckpoints(Checkpoint):
             self._publish(view)
             if trainer.is_global_zero and _protected(trainer) is None:
                 # What is older than the checkpoint that was just read and verified is the newest nowhere.
-                deleted = self._sweep(
-                    trainer, before_step=trainer.global_step, keep={*view.paths(), resumed_from}
-                )
+                kept = {*view.paths(), resumed_from}
+                deleted = self._sweep(trainer, before_step=trainer.global_step, keep=kept)
+                if writes_own_format(trainer.strategy.own_checkpoint_io):
+                    # Whose a file is only the plugin can tell, but these are known to have made way.
+                    evicted = [path for path in self._evict if path not in kept and os.path.lexists(path)]
+                    deleted += [path for path in evicted if self._remove(trainer, path)]
                 if deleted:
                     names = ", ".join(os.path.basename(path) for path in deleted)
                     rank_zero_info(f"deleted {names}, which a kill had kept from being deleted")
@@ -124,8 +135,8 @@ class KeptCheckpoints(Checkpoint):
             self._saved_step = self._triggered_step = 0
             self._ranked_version, self._deferred = None, False
         # Where the count of logged values began anew, the old count says nothing.
-        versions = getattr(trainer, "metric_versions", {})
-        if self._ranked_version is not None and versions.get(self.monitor, 0) < self._ranked_version:
+        logged = trainer.metric_versions.get(self.monitor or "", 0)
+        if self._ranked_version is not None and logged < self._ranked_version:
             self._ranked_version = None
         self._state_loaded = False
 
@@ -183,6 +194,7 @@ class KeptCheckpoints(Checkpoint):
             "triggered_step": self._triggered_step,
             "ranked_version": self._ranked_version,
             "deferred": self._deferred,
+            "evict": [] if self._plan is None else list(self._plan.evict),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -193,6 +205,7 @@ class KeptCheckpoints(Checkpoint):
         self._triggered_step = int(state_dict.get("triggered_step", 0))
         self._ranked_version = state_dict.get("ranked_version")
         self._deferred = bool(state_dict.get("deferred", False))
+        self._evict = list(state_dict.get("evict", ()))
         self._plan = None
         self._state_loaded = True
         self._state_dirpath = state_dict.get("dirpath")
@@ -248,7 +261,7 @@ class KeptCheckpoints(Checkpoint):
         return deleted + self._sweep(trainer, before_step=plan.step + 1, keep=kept)
 
     def _remove(self, trainer: Trainer, path: str) -> bool:
-        by_plugin = getattr(trainer.strategy, "own_checkpoint_io", None) is not None
+        by_plugin = trainer.strategy.own_checkpoint_io is not None
         return lineage.remove(
             path,
             inside=self.dirpath or "",
@@ -269,7 +282,7 @@ class KeptCheckpoints(Checkpoint):
         assert self.dirpath is not None
         present = self._view()
         run = self._run if self._state_loaded else None
-        if _has_own_format(trainer):
+        if writes_own_format(trainer.strategy.own_checkpoint_io):
             # Only the user's plugin can read what is there: what the checkpoint remembers stands.
             return run or lineage.new_run_id(), present, []
         found = lineage.describe_all(
@@ -293,6 +306,7 @@ class KeptCheckpoints(Checkpoint):
             k=self.save_top_k if self.monitor is not None else 0,
             mode=self.mode,
             complete=self._state_loaded,
+            written_since=lineage.written_since(resumed_from, found, trainer.global_step),
         )
         return run, view, [one for one in found.values() if one.run == run]
 
@@ -309,32 +323,19 @@ class KeptCheckpoints(Checkpoint):
 
 def _protected(trainer: Trainer) -> str | None:
     """Name the file that the user resumed from; one that the run found by itself is a file like any other."""
-    if getattr(trainer, "resumed_automatically", False):
-        return None
-    path: str | None = getattr(trainer, "resumed_from", None)
-    return path
+    return None if trainer.resumed_automatically else trainer.resumed_from
 
 
-def _has_own_format(trainer: Trainer) -> bool:
-    """Whether a plugin of the user's writes the files, in a format that only it knows."""
-    checkpoint_io = getattr(trainer.strategy, "own_checkpoint_io", None)
-    while isinstance(checkpoint_io, AsyncCheckpointIO):
-        checkpoint_io = checkpoint_io.checkpoint_io
-    return checkpoint_io is not None and not isinstance(checkpoint_io, TorchCheckpointIO)
-
-
-def local_directory(dirpath: str | os.PathLike[str] | None) -> str | None:
-    """Return the absolute path of a directory that was given.
+def local_directory(dirpath: str | os.PathLike[str], who: str) -> str:
+    """Return the absolute path of the directory that the callback ``who`` was given.
 
     Raises:
         ConfigError: It is an address, not a local directory.
     """
-    if dirpath is None:
-        return None
     path = os.fspath(dirpath)
     if "://" in path and not path.startswith("file://"):
         raise ConfigError(
-            f"ModelCheckpoint(dirpath={path!r}) is not a local directory: give one, and copy what is in it."
+            f"{who}(dirpath={path!r}) is not a local directory: give one, and copy what is in it."
         )
     return os.path.realpath(os.path.expanduser(path.removeprefix("file://")))
 
@@ -349,7 +350,7 @@ def version_directory(trainer: Trainer) -> tuple[str, str]:
 
     Without a logger, or one that has no version, the name is "".
     """
-    instead: str | None = getattr(trainer, "weights_save_path", None)
+    instead = trainer.weights_save_path
     if not trainer.loggers:
         return instead or trainer.default_root_dir, ""
     logger = trainer.loggers[0]

@@ -9,7 +9,7 @@ ever written over, ranked again or swept up.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,19 @@ def describe_all(
         if one is not None:
             found[path] = one
     return found
+
+
+def written_since(path: str, found: Mapping[str, Found], step: int) -> set[str]:
+    """Tell which files of the checkpoint's own step were written after it: its run has yet to get there.
+
+    Args:
+        path: A checkpoint of the run.
+        found: What there is, by path.
+        step: The global step that the checkpoint was saved at.
+    """
+    at = catalog.entry(path).saved_at
+    same_step = [place for place, one in found.items() if one.step == step]
+    return {place for place in same_step if at and catalog.entry(place).saved_at > at}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class ModelCheckpoint(NamedCheckpoints):
         enable_version_counter: bool = True,
     ) -> None:
         super().__init__(
-            local_directory(dirpath),
+            None if dirpath is None else local_directory(dirpath, "ModelCheckpoint"),
             monitor,
             mode,
             save_top_k,
@@ -327,8 +327,7 @@ class ModelCheckpoint(NamedCheckpoints):
         )
 
     def _ends_here(self, trainer: Trainer) -> bool:
-        loop = getattr(trainer, "fit_loop", None)
-        return loop is not None and bool(loop.finished)
+        return trainer.fit_loop is not None and trainer.fit_loop.finished
 
     def _plan_exception(
         self, trainer: Trainer, metrics: dict[str, Tensor], step: int
@@ -355,9 +354,10 @@ class ModelCheckpoint(NamedCheckpoints):
         if self._names_checked or not everything_ran:
             return
         missing = self._unlogged(metrics)
-        if missing is not None:
+        if missing is None:
+            self._names_checked = True
+        elif not monitored.validation_is_off(trainer):
             raise ConfigError(missing)
-        self._names_checked = True
 
     def _unlogged(self, metrics: Mapping[str, Tensor], why: str = "") -> str | None:
         templates = [(f"ModelCheckpoint(filename={self.filename!r})", self._template)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holdfast.callbacks.checkpoint_view import as_scalar
 from holdfast.callbacks.naming import nearest, template_keys
+from holdfast.utilities.model_helpers import is_overridden
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
@@ -45,9 +46,11 @@ def unlogged(
     return None
 
 
+def validation_is_off(trainer: Trainer) -> bool:
+    """Tell whether the module could validate and this run does not: its values are missed on purpose."""
+    return not trainer.enable_validation and is_overridden("validation_step", trainer.lightning_module)
+
+
 def version(trainer: Trainer, name: str) -> int | None:
     """Return a number that changes whenever ``name`` is logged anew; None where every value is new."""
-    versions: Mapping[str, int] | None = getattr(trainer, "metric_versions", None)
-    if versions is None or name not in trainer.callback_metrics:
-        return None
-    return versions.get(name, 0)
+    return trainer.metric_versions.get(name, 0) if name in trainer.callback_metrics else None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks import naming
 from holdfast.callbacks.base import Checkpoint, SavePlan
+from holdfast.callbacks.kept_checkpoints import local_directory
+from holdfast.checkpoint import catalog
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info
 
@@ -20,8 +22,8 @@ class OnExceptionCheckpoint(Checkpoint):
 
     The exception was raised in the middle of something, so a run goes on from the file, but not bit-identical
     to one that never stopped; `ModelCheckpoint` saves where it is exact. Nothing is saved if nothing was
-    trained since the fit began: the file that it went on from holds the same. A new run does not go on from
-    the file by itself, and nothing deletes it: ``fit(ckpt_path=...)`` takes it.
+    trained since the fit began: the file that it went on from holds the same. Nothing deletes the file, and
+    ``ckpt_path="auto"`` takes it only where there is no exact one.
 
     Args:
         dirpath: Where to save.
@@ -31,18 +33,12 @@ class OnExceptionCheckpoint(Checkpoint):
         ConfigError: ``filename`` is empty, or ``dirpath`` is no local directory.
     """
 
-    FILE_EXTENSION = ".ckpt"
+    FILE_EXTENSION = catalog.SUFFIX
 
     def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
         if not filename:
             raise ConfigError("OnExceptionCheckpoint(filename=...) is empty: give the file's name.")
-        path = os.fspath(dirpath)
-        if "://" in path:
-            raise ConfigError(
-                f"OnExceptionCheckpoint(dirpath={path!r}) is not a local directory: give one, and copy what "
-                "is in it."
-            )
-        self.dirpath = os.path.realpath(os.path.expanduser(path))
+        self.dirpath = local_directory(dirpath, "OnExceptionCheckpoint")
         self.filename = filename
         self._saved_as: str | None = None
         self._begun_at: tuple[int, int] | None = None

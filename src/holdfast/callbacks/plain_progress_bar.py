@@ -34,9 +34,8 @@ class PlainProgressBar(TimedProgressBar):
             self._told_epoch = True
         elif self._last_line == (track, track.done):
             return
-        self._write(
-            track, track.count_text if track.done else f"{track.total or '?'} batches", track.left_text
-        )
+        ahead = f"{track.total or '?'} {'batch' if track.total == 1 else 'batches'}"
+        self._write(track, track.count_text if track.done else ahead, track.left_text)
 
     def finish(self, track: Track) -> None:
         """Write the last line of an epoch; what runs inside it leaves none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Callback
@@ -103,24 +102,24 @@ class ProgressBar(Callback):
     def total_val_batches(self) -> int | float:
         """Batches in one run of validation, over all its loaders; 0 without validation."""
         runs = self.trainer.state.fn != "fit" or self.trainer.enable_validation
-        return sum(as_list(self.trainer.num_val_batches)) if runs else 0
+        return sum(self.trainer.num_val_batches) if runs else 0
 
     @property
     def total_val_batches_current_dataloader(self) -> int | float:
         """Batches in the validation loader that is being read, in the sanity check as well."""
         trainer = self.trainer
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        return as_list(batches)[self._dataloader_idx or 0]
+        return batches[self._dataloader_idx or 0]
 
     @property
     def total_test_batches_current_dataloader(self) -> int | float:
         """Batches in the test loader that is being read."""
-        return as_list(self.trainer.num_test_batches)[self._dataloader_idx or 0]
+        return self.trainer.num_test_batches[self._dataloader_idx or 0]
 
     @property
     def total_predict_batches_current_dataloader(self) -> int | float:
         """Batches in the prediction loader that is being read."""
-        return as_list(self.trainer.num_predict_batches)[self._dataloader_idx or 0]
+        return self.trainer.num_predict_batches[self._dataloader_idx or 0]
 
     def has_dataloader_changed(self, dataloader_idx: int) -> bool:
         """Tell whether another loader is being read than at the last call, and remember this one."""
@@ -167,11 +166,6 @@ def default_progress_bar() -> ProgressBar:
     from holdfast.callbacks.rich_progress_bar import RichProgressBar
 
     return RichProgressBar()
-
-
-def as_list(batches: Any) -> list[int | float]:
-    """Return the batches of each loader, from one number or several."""
-    return list(batches) if isinstance(batches, Iterable) else [batches]
 
 
 def known(total: int | float) -> int | None:

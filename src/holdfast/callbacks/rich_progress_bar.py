@@ -263,7 +263,7 @@ class RichProgressBar(TimedProgressBar):
             return "train"
         if self.trainer.sanity_checking:
             return "sanity"
-        fn = str(getattr(self.trainer.state.fn, "value", self.trainer.state.fn))
+        fn = str(self.trainer.state.fn)
         return "validate" if fn == "fit" else fn
 
     def _task(self, kind: str) -> Task:

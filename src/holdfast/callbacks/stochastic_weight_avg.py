@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.optim.swa_utils import SWALR, AveragedModel, get_swa_avg_fn
 
-from holdfast.callbacks.averaging import AverageFn, averaged_copy, exchange, is_built, settle
+from holdfast.callbacks.averaging import AverageFn, averaged_copy, exchange, is_built, wait_for_copy
 from holdfast.callbacks.base import Callback
 from holdfast.callbacks.batch_norm import keeps_statistics, renew_statistics
 from holdfast.errors import ConfigError
@@ -137,7 +137,7 @@ class StochasticWeightAveraging(Callback):
                 "averaging weights from here on: the learning rate goes to "
                 f"{self._swa_lrs}{f', SWALR takes the place of {replaced}' if replaced else ''}"
             )
-        settle(trainer)
+        wait_for_copy(trainer)
         (self._average_model or self._make(pl_module)).update_parameters(pl_module)
         self._latest_update_epoch = epoch
 
@@ -152,7 +152,7 @@ class StochasticWeightAveraging(Callback):
         average = self._average_model
         if self._finished is not None or average is None or average.n_averaged == 0:
             return
-        settle(trainer)
+        wait_for_copy(trainer)
         copied = average.module
         statistics = {id(buffer) for layer in renew_statistics(trainer, copied) for buffer in layer.buffers()}
         exchange(list(copied.parameters()), list(pl_module.parameters()))
@@ -186,7 +186,8 @@ class StochasticWeightAveraging(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned; the average follows when fit starts."""
         self._latest_update_epoch = int(state_dict["latest_update_epoch"])
-        if state_dict["n_averaged"]:
+        # Before the first update too: what the average holds then is in every later file.
+        if state_dict["average_model_state"] is not None:
             self._loaded = state_dict
 
     def on_load_checkpoint(

@@ -9,7 +9,7 @@ import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from holdfast.callbacks.progress_bar import ProgressBar, as_list, known
+from holdfast.callbacks.progress_bar import ProgressBar, known
 from holdfast.callbacks.track import Track
 from holdfast.utilities.types import STEP_OUTPUT
 
@@ -84,7 +84,7 @@ class TimedProgressBar(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the epoch's end."""
         if self._train is not None:
-            done = getattr(trainer, "batch_idx", -1) + 1
+            done = trainer.batch_idx + 1
             done = max(self._train.done, done if self._train.total is None else min(done, self._train.total))
             self._train.at(done, time.monotonic(), self.get_metrics(trainer, pl_module))
             self.finish(self._train)
@@ -174,16 +174,16 @@ class TimedProgressBar(ProgressBar):
         self._train = Track(name, known(self._batches_of_epoch(done)), trainer.current_epoch)
         self.begin(self._train)
 
-    def _begin_eval(self, name: str, batches: Any) -> None:
+    def _begin_eval(self, name: str, batches: list[int | float]) -> None:
         if not self.is_enabled:
             return
         if self._train is not None:
             # The bar stands still where training stands, not where it was drawn last.
             now_s = time.monotonic()
-            done = max(self._train.done, getattr(self.trainer, "batch_idx", -1) + 1)
+            done = max(self._train.done, self.trainer.batch_idx + 1)
             self._train.at(done, now_s, self._train.metrics)
             self._train.pace.pause(now_s)
-        self._eval = Track(name, known(sum(as_list(batches))), None)
+        self._eval = Track(name, known(sum(batches)), None)
         self._eval_done = 0
         self._draw_s = time.monotonic() + self._interval_s
         self.begin(self._eval)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Callback
 from holdfast.errors import ConfigError
+from holdfast.utilities.durations import parse_duration
 from holdfast.utilities.rank_zero import rank_zero_info
 from holdfast.utilities.types import STEP_OUTPUT
 
@@ -17,33 +17,6 @@ if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 _STAGES = ("train", "sanity_check", "validate", "test", "predict")
-
-
-def parse_duration(duration: str | timedelta | dict[str, int] | None) -> float | None:
-    """Return a duration in seconds; None stands for no limit.
-
-    Args:
-        duration: ``"DD:HH:MM:SS"``, a timedelta, or its arguments as a dict.
-
-    Raises:
-        ConfigError: It is none of these.
-    """
-    if duration is None:
-        return None
-    if isinstance(duration, str) and re.fullmatch(r"\d{2,}:\d\d:\d\d:\d\d", duration.strip()):
-        days, hours, minutes, seconds = (int(part) for part in duration.strip().split(":"))
-        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
-    if isinstance(duration, timedelta):
-        return duration.total_seconds()
-    if isinstance(duration, dict):
-        try:
-            return timedelta(**duration).total_seconds()
-        except TypeError:
-            pass
-    raise ConfigError(
-        f"Timer(duration={duration!r}) is no duration: give 'DD:HH:MM:SS' such as '00:12:00:00' for twelve "
-        "hours, a datetime.timedelta, or its arguments as a dict such as {'hours': 12}."
-    )
 
 
 class Timer(Callback):
@@ -71,7 +44,11 @@ class Timer(Callback):
     ) -> None:
         if interval not in ("step", "epoch"):
             raise ConfigError(f"Timer(interval={str(interval)!r}) must be 'step' or 'epoch'.")
-        self._duration_s = parse_duration(duration)
+        self._duration_s = (
+            None
+            if duration is None
+            else parse_duration(duration, f"Timer(duration={duration!r})").total_seconds()
+        )
         self._interval = str(interval)
         self._verbose = verbose
         self._started_s: dict[str, float] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from holdfast.callbacks.averaging import averaged_copy, combining, exchange, is_built, settle
+from holdfast.callbacks.averaging import averaged_copy, combining, exchange, is_built, wait_for_copy
 from holdfast.callbacks.base import Callback
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_warn
@@ -157,13 +157,15 @@ class WeightAveraging(Callback):
         average = self._average_model
         if average is not None and self._swapped:
             current = average.module.state_dict()
-        self.put_average(checkpoint)
+        self.on_save_weights(trainer, pl_module, checkpoint)
         checkpoint["current_model_state"] = current
         checkpoint["averaging_state"] = {
             "n_averaged": torch.tensor(0) if average is None else average.n_averaged
         }
 
-    def put_average(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_weights(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Put the average under ``state_dict``: all that a file of weights only needs."""
         average = self._average_model
         if average is not None and not self._swapped and average.n_averaged > 0:
@@ -199,7 +201,7 @@ class WeightAveraging(Callback):
         return self._average_model
 
     def _update(self, trainer: Trainer, model: LightningModule) -> None:
-        settle(trainer)
+        wait_for_copy(trainer)
         average = self._average_model or self._make(model)
         changing: list[tuple[Tensor, Tensor, Tensor]] = []
         if self._use_buffers and average.n_averaged > 0:
@@ -215,7 +217,7 @@ class WeightAveraging(Callback):
         average = self._average_model
         if average is None or average.n_averaged == 0:
             return
-        settle(trainer)
+        wait_for_copy(trainer)
         exchange(
             [*average.module.parameters(), *average.module.buffers()],
             [*model.parameters(), *model.buffers()],

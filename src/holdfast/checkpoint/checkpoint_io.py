@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from holdfast.checkpoint import commit
@@ -135,8 +136,10 @@ class AsyncCheckpointIO(CheckpointIO):
         save = self._save
 
         def remove() -> None:
+            # A run that was killed had perhaps deleted it already.
             if save is None or save.exception() is None:
-                self._checkpoint_io.remove_checkpoint(path)
+                with suppress(FileNotFoundError):
+                    self._checkpoint_io.remove_checkpoint(path)
 
         self._deletions = [one for one in self._deletions if not one.done() or one.exception() is not None]
         self._deletions.append(self._submit(remove))
@@ -167,6 +170,13 @@ class AsyncCheckpointIO(CheckpointIO):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a trainer's parts starts with nothing under way.
         return {"_checkpoint_io": self._checkpoint_io, "_thread": None, "_save": None, "_deletions": []}
+
+
+def writes_own_format(checkpoint_io: CheckpointIO | None) -> bool:
+    """Whether what a plugin writes is, as far as anybody can tell, not holdfast's format."""
+    while isinstance(checkpoint_io, AsyncCheckpointIO):
+        checkpoint_io = checkpoint_io.checkpoint_io
+    return checkpoint_io is not None and not isinstance(checkpoint_io, TorchCheckpointIO)
 
 
 def summary_of(checkpoint: dict[str, Any]) -> dict[str, Any]:

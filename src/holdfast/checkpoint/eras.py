@@ -77,7 +77,7 @@ def _move_callbacks(payload: Payload) -> None:
     callbacks = dict(payload["callbacks"])
     for key, (name, field) in _AT_THE_TOP.items():
         if key in payload:
-            callbacks[name] = {**_mapping(callbacks.get(name)), field: payload.pop(key)}
+            callbacks[name] = {**inner(callbacks, name), field: payload.pop(key)}
     payload["callbacks"] = callbacks
 
 
@@ -113,7 +113,7 @@ def _shorten_keys(payload: Payload) -> None:
 
 
 def _states(payload: Payload) -> Mapping[Any, Any]:
-    return _mapping(payload.get("callbacks"))
+    return inner(payload, "callbacks")
 
 
 # -- loss scaling --------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def _add_loops(payload: Payload) -> None:
     A file that was saved in the middle of an epoch says the same, and a run goes on from it with the next
     epoch, as it did then.
     """
-    epoch, step = _count(payload, "epoch"), _count(payload, "global_step")
+    epoch, step = count(payload.get("epoch")), count(payload.get("global_step"))
     none = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
     payload["loops"] = {
         "fit_loop": {
@@ -179,28 +179,31 @@ def _add_loops(payload: Payload) -> None:
 
 def _lacks_steps(payload: Payload) -> bool:
     loop = _fit_loop(payload)
-    return bool(loop) and "_batches_that_stepped" not in _mapping(loop.get("epoch_loop.state_dict"))
+    return bool(loop) and "_batches_that_stepped" not in inner(loop, "epoch_loop.state_dict")
 
 
 def _add_steps(payload: Payload) -> None:
     """1.6.5 counts the batches that stepped, for the loggers' axis; until then it was the global step."""
     loop = _fit_loop(payload)
-    steps = {"_batches_that_stepped": _count(payload, "global_step")}
-    changed = {**loop, "epoch_loop.state_dict": {**_mapping(loop.get("epoch_loop.state_dict")), **steps}}
+    steps = {"_batches_that_stepped": count(payload.get("global_step"))}
+    changed = {**loop, "epoch_loop.state_dict": {**inner(loop, "epoch_loop.state_dict"), **steps}}
     payload["loops"] = {**payload["loops"], "fit_loop": changed}
 
 
 def _fit_loop(payload: Payload) -> Mapping[str, Any]:
-    return _mapping(_mapping(payload.get("loops")).get("fit_loop"))
+    return inner(payload, "loops", "fit_loop")
 
 
-def _mapping(value: Any) -> Mapping[Any, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _count(payload: Payload, key: str) -> int:
-    value = payload.get(key)
+def count(value: Any) -> int:
+    """A counter; 0 for what is not one, such as the None or "best" of somebody's own files."""
     return value if isinstance(value, int) else 0
+
+
+def inner(mapping: Any, *keys: str) -> Mapping[Any, Any]:
+    """The mapping below these keys; an empty one where there is none."""
+    for key in keys:
+        mapping = mapping.get(key) if isinstance(mapping, Mapping) else None
+    return mapping if isinstance(mapping, Mapping) else {}
 
 
 CHANGES: tuple[Change, ...] = (

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from holdfast.checkpoint import eras
+from holdfast.checkpoint.eras import count, inner
 from holdfast.errors import CheckpointIncompatible
 
 FORMAT_VERSION = 1
@@ -55,43 +56,31 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
     return upgraded
 
 
-def _count(value: Any) -> int:
-    """A counter; 0 for what is not one, such as the None or "best" of somebody's own files."""
-    return value if isinstance(value, int) else 0
-
-
-def _inner(mapping: Any, *keys: str) -> Mapping[str, Any]:
-    """The mapping below these keys; an empty one where there is none."""
-    for key in keys:
-        mapping = mapping.get(key) if isinstance(mapping, Mapping) else None
-    return mapping if isinstance(mapping, Mapping) else {}
-
-
 def _has_loops(payload: dict[str, Any]) -> bool:
-    return bool(_inner(payload, "loops", "fit_loop"))
+    return bool(inner(payload, "loops", "fit_loop"))
 
 
 def _position_from_loops(payload: dict[str, Any]) -> None:
     """Lightning >= 1.6 keeps its position under "loops"; ours is one record of counters."""
     loop = payload["loops"]["fit_loop"]
-    current = _inner(loop, "epoch_loop.batch_progress", "current")
-    done = _count(current.get("processed"))
-    epoch = _count(payload.get("epoch"))
-    epochs = _inner(loop, "epoch_progress", "current")
-    begun = _count(epochs.get("ready"))
-    if begun and begun == _count(epochs.get("completed")):
+    current = inner(loop, "epoch_loop.batch_progress", "current")
+    done = count(current.get("processed"))
+    epoch = count(payload.get("epoch"))
+    epochs = inner(loop, "epoch_progress", "current")
+    begun = count(epochs.get("ready"))
+    if begun and begun == count(epochs.get("completed")):
         # Saved between two epochs, such as after fit: the batches that it counts are the last one's.
         epoch, done, stage = begun, 0, "start"
-    elif _count(epochs.get("processed")) > epoch:
+    elif count(epochs.get("processed")) > epoch:
         stage = "end"
     elif done == 0:
         stage = "start"
-    elif _count(current.get("completed")) < done:
+    elif count(current.get("completed")) < done:
         stage = "batch"  # saved in on_train_batch_end: validation, if due, is still to come
     else:
         stage = "validated"
-    state = _inner(loop, "epoch_loop.state_dict")
-    steps = _count(payload.get("global_step"))
+    state = inner(loop, "epoch_loop.state_dict")
+    steps = count(payload.get("global_step"))
     payload["holdfast"] = {
         "format_version": FORMAT_VERSION,
         "kind": "full" if "optimizer_states" in payload else "weights",
@@ -101,10 +90,8 @@ def _position_from_loops(payload: dict[str, Any]) -> None:
             "batch": done,
             "stage": stage,
             "global_step": steps,
-            "batches_that_stepped": _count(state.get("_batches_that_stepped", steps)),
-            "total_batches": _count(
-                _inner(loop, "epoch_loop.batch_progress", "total").get("processed", done)
-            ),
+            "batches_that_stepped": count(state.get("_batches_that_stepped", steps)),
+            "total_batches": count(inner(loop, "epoch_loop.batch_progress", "total").get("processed", done)),
         },
     }
 
@@ -120,10 +107,10 @@ def _position_from_counters(payload: dict[str, Any]) -> None:
         "kind": "full" if "optimizer_states" in payload else "weights",
         "exact": False,
         "progress": {
-            "epoch": _count(payload.get("epoch")),
+            "epoch": count(payload.get("epoch")),
             "stage": "end" if "epoch" in payload else "start",
-            "global_step": _count(payload.get("global_step")),
-            "batches_that_stepped": _count(payload.get("global_step")),
+            "global_step": count(payload.get("global_step")),
+            "batches_that_stepped": count(payload.get("global_step")),
         },
     }
 
@@ -143,7 +130,7 @@ def _ranks_one(state: Any) -> bool:
 
 
 def _lacks_rankings(payload: dict[str, Any]) -> bool:
-    return any(_ranks_one(state) for state in _inner(payload, "callbacks").values())
+    return any(_ranks_one(state) for state in inner(payload, "callbacks").values())
 
 
 def _add_rankings(payload: dict[str, Any]) -> None:
