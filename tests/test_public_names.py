@@ -39,7 +39,6 @@ PUBLIC = {
         "CPUAccelerator",
         "CUDAAccelerator",
         "MPSAccelerator",
-        "choose_accelerator",
         "find_usable_cuda_devices",
     ],
     "holdfast.callbacks": [
@@ -88,7 +87,6 @@ PUBLIC = {
         "Profiler",
         "PyTorchProfiler",
         "SimpleProfiler",
-        "choose_profiler",
     ],
     "holdfast.strategies": [
         "DDPStrategy",

@@ -26,13 +26,14 @@ class FakeTrainer:
         self.default_root_dir = root
         self.checkpoint_callbacks = list(callbacks)
         self.loggers: list[Any] = []
-        self.strategy = SimpleNamespace(broadcast=lambda value: value)
+        self.strategy = SimpleNamespace(broadcast=lambda value: value, own_checkpoint_io=None)
         self.state = SimpleNamespace(fn="fit")
         self.world_size = 1
         self.is_global_zero = True
         self.sanity_checking = False
         self.fast_dev_run = 0
         self.enable_validation = validates
+        self.lightning_module = None
         self.val_check_interval: int | float = 1.0
         self.check_val_every_n_epoch: int | None = 1
         self.current_epoch = 0
@@ -41,6 +42,8 @@ class FakeTrainer:
         self.metric_versions: dict[str, int] = {}
         self.resumed_from: str | None = None
         self.resumed_automatically = False
+        self.weights_save_path: str | None = None
+        self.fit_loop = None
         self.engine = CheckpointEngine()
         self.kill_before_commit_of_step: int | None = None
         self.kill_between_names = False

@@ -48,7 +48,8 @@ def test_the_hooks_are_lightnings_with_the_same_arguments() -> None:
         names = [name for name in dir(kind) if name.startswith("on_") or name in ("setup", "teardown")]
         return {name: list(inspect.signature(getattr(kind, name)).parameters) for name in names}
 
-    own = {"on_restore_optimizers": ["self", "trainer", "pl_module", "checkpoint"]}
+    arguments = ["self", "trainer", "pl_module", "checkpoint"]
+    own = {"on_restore_optimizers": arguments, "on_save_weights": arguments}
     assert hooks(Callback) == {**hooks(theirs), **own}
 
 

@@ -17,7 +17,7 @@ from tests.training.toys import Toy, rows, trainer
 def test_takes_a_function_for_every_moment() -> None:
     hooks = {name for name in vars(Callback) if name.startswith("on_") or name in ("setup", "teardown")}
     parameters = set(inspect.signature(LambdaCallback.__init__).parameters)
-    assert hooks - parameters == {"on_restore_optimizers"}
+    assert hooks - parameters == {"on_restore_optimizers", "on_save_weights"}
     assert parameters - hooks == {"self"}
 
 

@@ -221,3 +221,14 @@ def test_a_run_in_which_nothing_came_due_leaves_last_and_goes_on_from_it_exactly
     resumed = train(4, "broken")
     assert resumed.seen == straight.seen[24:]
     assert torch.equal(resumed.layer.weight, straight.layer.weight)
+
+
+def test_a_monitor_of_validation_that_is_switched_off_is_a_warning(tmp_path: Path) -> None:
+    class Logging(Toy):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", 1.0)
+
+    run = trainer(limit_val_batches=0, callbacks=[ModelCheckpoint(tmp_path, monitor="val_loss")])
+    with pytest.warns(UserWarning, match="val_loss"):
+        run.fit(Logging(), rows(), rows())
+    assert run.global_step == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import functools
 import inspect
 from collections.abc import Callable
@@ -341,3 +342,37 @@ def test_the_text_of_an_attribute_dict() -> None:
 def test_what_can_be_pickled() -> None:
     for value in (1, lambda: 1, torch.nn.Linear(1, 1), Path("a"), (i for i in ()), open):
         assert is_picklable(value) == lightning.utilities.parsing.is_picklable(value)
+
+
+@dataclasses.dataclass
+class Size:
+    width: int = 1
+
+
+class Kind(enum.Enum):
+    RELU = "relu"
+
+
+def sized(pl: Any) -> Any:
+    class Sized(pl.LightningModule):
+        def __init__(self, size: Size, kind: Kind | None = None) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.kind, self.layer = kind, torch.nn.Linear(FEATURES, size.width)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Sized
+
+
+@pytest.mark.parametrize("writer", [lightning, holdfast], ids=["theirs", "ours"])
+def test_types_of_ones_own_come_back(writer: Any, tmp_path: Path) -> None:
+    run = make_trainer(writer, tmp_path, max_epochs=1)
+    run.fit(sized(writer)(Size(2), Kind.RELU), loader(8))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    model = sized(holdfast).load_from_checkpoint(tmp_path / "a.ckpt")
+    assert (model.layer.out_features, model.kind) == (2, Kind.RELU)

@@ -337,3 +337,18 @@ def test_hyperparameters_of_numpy_are_numbers_and_one_that_holds_itself_ends(tmp
     kept = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
     assert (kept["lr"], kept["n"]) == (0.1, 3)
     assert repr(kept["endless"]).count("[") == 19
+
+
+def test_a_metric_called_step_is_the_axis(tmp_path: Path) -> None:
+    from tests.training.toys import Toy, rows, trainer
+
+    class ByEpoch(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("loss", 1.0, on_step=False, on_epoch=True)
+            self.log("step", float(self.current_epoch), on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    logger = CSVLogger(tmp_path, name="n")
+    trainer(logger=logger, max_epochs=3).fit(ByEpoch(), rows())
+    table = (tmp_path / "n/version_0/metrics.csv").read_text().splitlines()
+    assert [line.split(",")[table[0].split(",").index("step")] for line in table[1:]] == ["0", "1", "2"]

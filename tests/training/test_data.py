@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 import holdfast as pl
 from holdfast.training import rng
-from holdfast.training.data import BatchStream, batch_size_of, move_to_device
+from holdfast.training.data import BatchStream, batch_size_of
 
 
 class Recorded(Dataset[Any]):
@@ -197,15 +197,6 @@ def test_data_that_ends_before_the_position_is_named() -> None:
 )
 def test_batch_size(batch: Any, size: int) -> None:
     assert batch_size_of(batch) == size
-
-
-def test_moving_keeps_containers() -> None:
-    device = torch.device("cpu")
-    batch = {"a": [torch.zeros(1)], "b": (torch.ones(1), "text")}
-    moved = move_to_device(batch, device)
-    assert moved["b"][1] == "text"
-    assert isinstance(moved["b"], tuple)
-    assert move_to_device(torch.zeros(1), torch.device("meta")).device.type == "meta"
 
 
 class TestGenerators:

@@ -229,7 +229,10 @@ def test_validation_inside_fit_leaves_modes_gradients_and_generators_alone() -> 
             lambda: trainer().test(Evaluated()),
             "There is no data for trainer.test: give dataloaders=, a datamodule, or define Evaluated.test_dataloader.",
         ),
-        (lambda: trainer().test(), "trainer.test() without a model works after fit only. Give it one."),
+        (
+            lambda: trainer().test(),
+            "trainer.test(): there is no model. Give it one: only after fit it may be left out, and is that fit's.",
+        ),
     ],
 )
 def test_what_is_missing_is_named(call: Any, message: str) -> None:
@@ -283,3 +286,40 @@ def test_values_of_each_batch_count_by_loader() -> None:
         (step, {name: value}) for step, name, value in zip([0, 1, 0, 1], names, [0.0, 4.0] * 2, strict=True)
     ]
     assert logger.rows == [*expected, *((step + 2, values) for step, values in expected)]
+
+
+class Inferring(Toy):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.inference = torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_validation_inside_fit_makes_no_inference_tensors(sanity: int) -> None:
+    model = Inferring()
+    trainer(num_sanity_val_steps=sanity).fit(model, rows(), rows())
+    assert model.inference is False
+
+
+def test_what_validation_made_first_can_be_trained_with() -> None:
+    class Cached(Inferring):
+        table: Any = None
+
+        def loss(self, batch: Any) -> Any:
+            if self.table is None:
+                self.table = torch.full((1,), 2.0)
+            return (self.layer(batch[0]) * self.table).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.loss(batch)
+
+    trainer().fit(Cached(), rows(), rows())
+
+
+def test_validation_inside_fit_may_take_gradients() -> None:
+    class Forces(Toy):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.enable_grad():
+                x = batch[0].clone().requires_grad_()
+                self.log("force", torch.autograd.grad(self.layer(x).sum(), x)[0].norm())
+
+    trainer().fit(Forces(), rows(), rows())

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,8 @@ def test_a_hyperparameter_that_cannot_be_stored_is_named_and_the_weights_are_sav
     run.fit(model, rows())
     with pytest.warns(UserWarning, match=r"hyper_parameters.*make.* is not in the checkpoint"):
         run.save_checkpoint(tmp_path / "a.ckpt")
-    loaded = Odd.load_from_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="could not hold 'make', so it is __init__'s default"):
+        loaded = Odd.load_from_checkpoint(tmp_path / "a.ckpt")
     assert torch.equal(loaded.layer.weight, model.layer.weight)
     assert loaded.hparams.lr == 0.1
 
@@ -430,3 +432,53 @@ def test_one_object_from_a_file_in_memory() -> None:
     torch.save({"state_dict": Toy().state_dict(), "hyper_parameters": {"lr": 0.3, "width": 1}}, file)
     file.seek(0)
     assert Whole.load_from_checkpoint(file).given == {"lr": 0.3, "width": 1}
+
+
+@dataclasses.dataclass
+class Size:
+    width: int = 1
+
+
+class Kind(Enum):
+    RELU = "relu"
+
+
+class Sized(Toy):
+    def __init__(self, size: Size, kind: Kind = Kind.RELU, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.kind, self.layer = kind, nn.Linear(3, size.width)
+
+
+def test_a_dataclass_and_an_enum_beside_other_arguments_come_back(tmp_path: Path) -> None:
+    run = trainer()
+    run.fit(Sized(Size(2)), rows())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    model = Sized.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert model.layer.out_features == 2
+    assert model.kind is Kind.RELU
+
+
+class Activated(Toy):
+    def __init__(self, activation: Any = nn.ReLU, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.activation = activation()
+
+
+def test_a_hyperparameter_that_was_not_stored_is_said_when_its_default_takes_its_place(
+    tmp_path: Path,
+) -> None:
+    run = trainer()
+    run.fit(Activated(nn.GELU), rows())
+    with pytest.warns(UserWarning, match="hyper_parameters/activation is not in the checkpoint"):
+        run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="activation") as said:
+        Activated.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert [str(one.message) for one in said] == [
+        "Activated.load_from_checkpoint: the checkpoint could not hold 'activation', so it is __init__'s "
+        "default. Give activation=... for another."
+    ]
+    assert isinstance(
+        Activated.load_from_checkpoint(tmp_path / "a.ckpt", activation=nn.GELU).activation, nn.GELU
+    )

@@ -210,3 +210,29 @@ def test_accumulators_go_on_from_their_state() -> None:
         second.log("a", torch.tensor(index / 7), asked, 3)
     values = [results.epoch_metrics(lambda entry: True)["a"] for results in (whole, second)]
     assert torch.equal(values[0], values[1])
+
+
+def test_a_callback_logs_by_itself() -> None:
+    class Logging(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.log("a", 1.0)
+
+        def on_train_epoch_end(self, *args: Any) -> None:
+            self.log_dict({"b": 2.0})
+
+    run = trainer(callbacks=[Logging()], enable_checkpointing=False)
+    run.fit(Toy(), rows())
+    assert run.callback_metrics == {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
+
+
+def test_one_name_for_two_loaders_is_refused() -> None:
+    class Same(Toy):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.log("v", float(dataloader_idx), add_dataloader_idx=False)
+
+    with pytest.raises(pl.ConfigError) as refused:
+        trainer().validate(Same(), [rows(), rows()])
+    assert str(refused.value) == (
+        "self.log('v', add_dataloader_idx=False) was called for several loaders, whose values would hide each "
+        "other. Leave add_dataloader_idx out, or give each loader's value a name."
+    )

@@ -427,3 +427,32 @@ class TestWrappedOptimizer:
         run = trainer(gradient_clip_val=0.5, gradient_clip_algorithm=GradClipAlgorithmType.VALUE)
         run.fit(Toy(), rows())
         assert run.gradient_clip_algorithm == "value"
+
+
+def test_steps_without_an_optimizer_count() -> None:
+    class Nothing(Toy):
+        def configure_optimizers(self) -> None:
+            return None
+
+    class Stop(pl.Callback):
+        batches = 0
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.batches += 1
+            assert self.batches <= 4
+
+    run = trainer(max_steps=4, max_epochs=-1, callbacks=[Stop()], enable_checkpointing=False)
+    with pytest.warns(UserWarning, match="train nothing"):
+        run.fit(Nothing(), rows())
+    assert run.global_step == 4
+
+
+def test_optimizers_in_a_list_and_one_scheduler() -> None:
+    class Bare(Toy):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    run = trainer()
+    run.fit(Bare(), rows())
+    assert len(run.lr_scheduler_configs) == 1

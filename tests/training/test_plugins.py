@@ -76,23 +76,24 @@ class TestArguments:
         double, io, environment = DoublePrecision(), PlainFiles(), LightningEnvironment()
         run = trainer(plugins=[io, double, environment])
         assert run.precision_plugin is run.strategy.precision_plugin is double
-        assert run.checkpoint_io is run.strategy.checkpoint_io is io
+        assert run.strategy.checkpoint_io is io
+        assert run.cluster_environment is environment
         alone = trainer(plugins=io)
         assert alone.strategy.checkpoint_io is io
         assert alone.precision == "32-true"
-        assert trainer().checkpoint_io is None
+        assert trainer().strategy.own_checkpoint_io is None
         assert type(trainer().strategy.checkpoint_io) is TorchCheckpointIO
 
     def test_of_the_strategy(self) -> None:
         io, double = PlainFiles(), DoublePrecision()
         run = trainer(accelerator="auto", strategy=SingleDeviceStrategy("cpu", None, io, double))
-        assert (run.checkpoint_io, run.precision_plugin) == (io, double)
+        assert (run.strategy.checkpoint_io, run.precision_plugin) == (io, double)
 
     def test_a_strategy_may_be_used_again(self) -> None:
         strategy = SingleDeviceStrategy("cpu")
         trainer(accelerator="auto", strategy=strategy, plugins=[PlainFiles(), DoublePrecision()])
         run = trainer(accelerator="auto", strategy=strategy, precision="bf16-mixed")
-        assert (run.precision, run.checkpoint_io) == ("bf16-mixed", None)
+        assert (run.precision, run.strategy.own_checkpoint_io) == ("bf16-mixed", None)
         assert strategy.precision_plugin is run.precision_plugin
 
     @pytest.mark.parametrize(

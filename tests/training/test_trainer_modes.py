@@ -73,6 +73,14 @@ class TestMaxTime:
         run.fit(Toy(), rows())
         assert run.state.finished
 
+    def test_what_is_no_time_is_refused_by_its_own_name(self) -> None:
+        with pytest.raises(pl.ConfigError) as refused:
+            trainer(max_time="an hour")
+        assert str(refused.value) == (
+            "Trainer(max_time='an hour'): expected a time as 'DD:HH:MM:SS', such as '00:12:00:00' for twelve "
+            "hours, a datetime.timedelta, or a dict of its arguments such as {'hours': 12}."
+        )
+
     def test_a_timer_among_the_callbacks_wins(self) -> None:
         timer = Timer("00:00:01:00")
         with pytest.warns(UserWarning, match="max_time") as caught:

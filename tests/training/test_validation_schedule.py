@@ -70,8 +70,8 @@ def test_what_an_interval_may_be(value: Any, expected: Any) -> None:
         (
             "1 hour",
             1,
-            "Trainer(val_check_interval='1 hour'): expected a time as 'DD:HH:MM:SS', a datetime.timedelta, or a "
-            "dict of its arguments such as {'minutes': 30}.",
+            "Trainer(val_check_interval='1 hour'): expected a time as 'DD:HH:MM:SS', such as '00:12:00:00' for "
+            "twelve hours, a datetime.timedelta, or a dict of its arguments such as {'hours': 12}.",
         ),
     ],
 )

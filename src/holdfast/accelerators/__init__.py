@@ -8,7 +8,6 @@ from holdfast.utilities.lazy import lazily
 
 if TYPE_CHECKING:
     from holdfast.accelerators.base import Accelerator as Accelerator
-    from holdfast.accelerators.choose import choose_accelerator as choose_accelerator
     from holdfast.accelerators.cpu import CPUAccelerator as CPUAccelerator
     from holdfast.accelerators.cuda import CUDAAccelerator as CUDAAccelerator
     from holdfast.accelerators.cuda import find_usable_cuda_devices as find_usable_cuda_devices
@@ -19,7 +18,6 @@ _HOMES = {
     "CPUAccelerator": ".cpu",
     "CUDAAccelerator": ".cuda",
     "MPSAccelerator": ".mps",
-    "choose_accelerator": ".choose",
     "find_usable_cuda_devices": ".cuda",
 }
 

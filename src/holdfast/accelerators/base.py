@@ -71,15 +71,14 @@ def parse_indices(devices: Any, there: int, kind: str) -> list[int]:
         ArgumentError: it means none.
         ConfigError: some are not there.
     """
-    listed = isinstance(devices, (list, tuple)) or (isinstance(devices, str) and "," in devices)
+    listed = devices
+    if isinstance(devices, str) and "," in devices:
+        listed = [part for part in devices.split(",") if part.strip()]
     try:
-        if devices == "auto" or devices in (-1, "-1"):
-            found = list(range(there))
-        elif isinstance(devices, str):
-            found = [int(part) for part in devices.split(",") if part.strip()] if listed else []
-            found = found if listed else list(range(int(devices)))
+        if isinstance(listed, (list, tuple)):
+            found = [int(index) for index in listed]
         else:
-            found = [int(index) for index in devices] if listed else list(range(int(devices)))
+            found = list(range(there if listed in ("auto", -1, "-1") else int(listed)))
     except (TypeError, ValueError):
         found = []
     if isinstance(devices, (bool, float)) or not found or len(set(found)) != len(found):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-
 from holdfast.accelerators.base import Accelerator
 from holdfast.accelerators.cpu import CPUAccelerator
 from holdfast.accelerators.cuda import CUDAAccelerator
 from holdfast.accelerators.mps import MPSAccelerator
 from holdfast.errors import ConfigError
+from holdfast.utilities.unknown_names import did_you_mean
 
-_BY_NAME: dict[str, type[Accelerator]] = {
+BY_DEVICE: dict[str, type[Accelerator]] = {
     "cpu": CPUAccelerator,
     "cuda": CUDAAccelerator,
     "mps": MPSAccelerator,
 }
+"""The accelerator of each of torch's device types."""
 _NAMES = ("auto", "cpu", "gpu", "cuda", "mps")
 _NOT_THERE = {"tpu": "TPUs", "xla": "XLA devices", "hpu": "Gaudi HPUs", "ipu": "Graphcore IPUs"}
 
@@ -35,11 +35,9 @@ def choose_accelerator(accelerator: str | Accelerator) -> Accelerator:
                 "'cpu'."
             )
         if name not in _NAMES:
-            near = difflib.get_close_matches(name, _NAMES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
                 f"Trainer(accelerator={accelerator!r}): expected one of {', '.join(map(repr, _NAMES))}, or "
-                f"an Accelerator.{hint}"
+                f"an Accelerator.{did_you_mean(name, _NAMES)}"
             )
         chosen = _by_name(name)
     if not chosen.is_available():
@@ -49,8 +47,8 @@ def choose_accelerator(accelerator: str | Accelerator) -> Accelerator:
 
 
 def _by_name(name: str) -> Accelerator:
-    if name in _BY_NAME:
-        return _BY_NAME[name]()
+    if name in BY_DEVICE:
+        return BY_DEVICE[name]()
     if CUDAAccelerator.is_available():
         return CUDAAccelerator()
     if MPSAccelerator.is_available():

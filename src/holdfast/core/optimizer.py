@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from holdfast.training.configured import LRSchedulerConfig
-from holdfast.training.optimization import LightningOptimizer
+from holdfast.training.optimizer import LightningOptimizer
 
 __all__ = ["LRSchedulerConfig", "LightningOptimizer"]

@@ -19,6 +19,8 @@ from holdfast.loggers import event_files
 from holdfast.loggers.base import rank_zero_experiment
 from holdfast.loggers.hparams_file import NAME_HPARAMS_FILE, flat, named, plain, write_hparams
 from holdfast.loggers.versioned import VersionedLogger, expanded
+from holdfast.utilities.example_forward import unchanged
+from holdfast.utilities.nested import move_to_device
 from holdfast.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -248,26 +250,12 @@ def _summary_writer() -> type[SummaryWriter]:
 
 
 def _add_graph(experiment: SummaryWriter, model: nn.Module, example: Any) -> None:
-    """Trace and log the graph; modes of the modules and random numbers are as before."""
+    """Trace and log the graph; the model and random numbers are as before."""
     import torch
 
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    example = _moved(example, device)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            warnings.catch_warnings(),
-        ):
-            # Tracing warns of what would matter to a program; this is a picture.
-            warnings.simplefilter("ignore")
-            experiment.add_graph(model, example)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _moved(value: Any, device: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return tuple(_moved(one, device) for one in value)
-    return value.to(device) if hasattr(value, "to") else value
+    example = move_to_device(example, device)
+    with unchanged(model), warnings.catch_warnings():
+        # Tracing warns of what would matter to a program; this is a picture.
+        warnings.simplefilter("ignore")
+        experiment.add_graph(model, tuple(example) if isinstance(example, list) else example)

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from holdfast.profilers.advanced import AdvancedProfiler as AdvancedProfiler
     from holdfast.profilers.base import PassThroughProfiler as PassThroughProfiler
     from holdfast.profilers.base import Profiler as Profiler
-    from holdfast.profilers.choose import choose_profiler as choose_profiler
     from holdfast.profilers.pytorch import PyTorchProfiler as PyTorchProfiler
     from holdfast.profilers.simple import SimpleProfiler as SimpleProfiler
 
@@ -20,7 +19,6 @@ _HOMES = {
     "Profiler": ".base",
     "PyTorchProfiler": ".pytorch",
     "SimpleProfiler": ".simple",
-    "choose_profiler": ".choose",
 }
 
 # What Lightning has here and holdfast has not, and what to use instead.

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from holdfast.utilities.rank_zero import rank_zero_info
 
@@ -89,7 +88,10 @@ class Profiler:
         """A run is over, however it ended."""
 
     def _file(self, ending: str) -> str:
-        """Path of a file of the report, in a directory that is there: ``<stage>-<filename><ending>``."""
+        """Path of a file of the report, in a directory that is there: ``<stage>-<filename>-<rank><ending>``.
+
+        Without what is not known, and without rank 0.
+        """
         directory = os.fspath(self.dirpath or self._log_dir or ".")
         os.makedirs(directory, exist_ok=True)
         parts = [self._stage, self.filename, None if not self.local_rank else str(self.local_rank)]
@@ -97,9 +99,6 @@ class Profiler:
 
     def _heading(self) -> str:
         return f"{self._stage.upper()} " if self._stage else ""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
 
 class PassThroughProfiler(Profiler):

@@ -50,8 +50,6 @@ class Strategy(ABC):
         self.given = checkpoint_io, precision_plugin
         """What it was given itself; a trainer adds its own, and the next one starts from these again."""
         self._lightning_module: LightningModule | None = None
-        self.saves_in_flight: list[tuple[Any, Any, Any]] = []
-        """Saves that a background plugin may still be writing: callback, its plan, and the report for it."""
 
     # -- its parts -------------------------------------------------------------------------------------------
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 
 from holdfast.accelerators.base import Accelerator
-from holdfast.accelerators.choose import choose_accelerator
-from holdfast.accelerators.cpu import CPUAccelerator
-from holdfast.accelerators.cuda import CUDAAccelerator
-from holdfast.accelerators.mps import MPSAccelerator
+from holdfast.accelerators.choose import BY_DEVICE, choose_accelerator
 from holdfast.errors import ArgumentError, ConfigError
 from holdfast.strategies.base import Strategy
 from holdfast.strategies.single import SingleDeviceStrategy
+from holdfast.utilities.unknown_names import did_you_mean
 
 # With one device these all do what one process does.
 _DDP_STARTS = ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
@@ -78,12 +75,9 @@ def _check_name(strategy: Any) -> None:
     stem = next((known for known in _NOT_THERE if name == known or name.startswith(f"{known}_")), None)
     if stem is not None:
         raise ConfigError(f"Trainer(strategy={strategy!r}) is not supported. {_NOT_THERE[stem]}")
-    known = ["auto", "single_device", "ddp"]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
         f"Trainer(strategy={strategy!r}): expected 'auto', 'single_device', 'ddp' with one device, or a "
-        f"Strategy.{hint}"
+        f"Strategy.{did_you_mean(name, ('auto', 'single_device', 'ddp'))}"
     )
 
 
@@ -106,8 +100,7 @@ def _with_accelerator(strategy: Strategy, accelerator: str | Accelerator) -> Str
                 f"(accelerator={own.__name__}()). Leave one out."
             )
     elif accelerator == "auto":
-        kinds: dict[str, Any] = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator, "mps": MPSAccelerator}
-        kind = kinds.get(strategy.root_device.type)
+        kind = BY_DEVICE.get(strategy.root_device.type)
         strategy.accelerator = None if kind is None else kind()
     else:
         strategy.accelerator = choose_accelerator(accelerator)

@@ -47,6 +47,7 @@ class CombinedStream:
 
     def __init__(self, combined: CombinedLoader, *, stage: str, seed: int, rank: int = 0) -> None:
         self.combined = combined
+        self._seed, self._rank = seed, rank
         self.loader = combined.iterables
         self.parts = [
             BatchStream(loader, stage=stage, index=index, seed=seed, rank=rank)
@@ -58,6 +59,10 @@ class CombinedStream:
         self._rounds: Rounds | None = None
         self._before: list[tuple[int, int]] | None = None
         """While the loop is one batch ahead: how often each was begun, and its position, before that one."""
+
+    def another(self, stage: str) -> CombinedStream:
+        """A stream over the same loaders, with seeds of its own; this one stays where it is."""
+        return CombinedStream(self.combined, stage=stage, seed=self._seed, rank=self._rank)
 
     def length(self) -> int | None:
         """Number of batches in an epoch, or None where the loaders cannot tell."""

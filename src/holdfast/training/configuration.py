@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from holdfast.callbacks.base import Callback, Checkpoint
 from holdfast.errors import ArgumentError, ConfigError
+from holdfast.utilities.durations import parse_duration
 from holdfast.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -27,6 +31,8 @@ def check_limit(name: str, value: int | float | None) -> int | float:
             f"Trainer({name}={value!r}): expected a number of batches, or a fraction between 0.0 and 1.0."
         )
     if isinstance(value, float) and value > 1.0:
+        if value.is_integer():
+            return int(value)
         raise ConfigError(
             f"Trainer({name}={value!r}): a fraction is at most 1.0; for a number of batches give an int."
         )
@@ -34,26 +40,57 @@ def check_limit(name: str, value: int | float | None) -> int | float:
 
 
 def check_count(name: str, value: Any, *, least: int) -> Any:
-    """An int of at least ``least``, or None, unchanged.
+    """An int of at least ``least``, or None; 1e6 is an int too.
 
     Raises:
         ConfigError: it is something else.
     """
+    if isinstance(value, (float, Integral)) and not isinstance(value, bool) and value % 1 == 0:
+        value = int(value)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ConfigError(f"Trainer({name}={value!r}): expected an int of at least {least}.")
     return value
+
+
+def set_deterministic(deterministic: bool | str | None) -> None:
+    """Switch torch's deterministic algorithms on ("warn": where there are any) or off; None leaves them."""
+    if deterministic is None:
+        return
+    torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
+    if deterministic:
+        # Without it, cuBLAS has no deterministic way, and torch refuses.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def check_one_source(method: str, datamodule: Any, *loaders: Any) -> None:
     """Refuse a datamodule together with loaders: only one of them could be meant.
 
     Raises:
+        ArgumentError: the datamodule is none.
         ConfigError: both were given.
     """
+    from holdfast.training.datamodule import LightningDataModule
+
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise ArgumentError(
+            f"trainer.{method}(datamodule=...): expected a holdfast.LightningDataModule, found "
+            f"{what_it_is(datamodule)}."
+        )
     if datamodule is not None and any(loader is not None for loader in loaders):
         raise ConfigError(
             f"trainer.{method} was given a datamodule and loaders as well. Leave out one of the two."
         )
+
+
+def what_it_is(thing: Any) -> str:
+    """A wrong object in words; one of Lightning's is told from ours, which has the same name."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}: make an object of it, {thing.__name__}(...)"
+    name = type(thing).__name__
+    for cls in type(thing).__mro__:
+        if cls.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            return f"{name}, which is derived from {cls.__module__}.{cls.__name__}: import that from holdfast"
+    return name
 
 
 def check_fast_dev_run(value: Any) -> int:
@@ -130,8 +167,9 @@ def make_loggers(logger: Any, default_root_dir: str, fast_dev_run: int) -> list[
     loggers = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
     for one in loggers:
         if not isinstance(one, Logger):
+            found = repr(one) if isinstance(one, (str, int)) else what_it_is(one)
             raise ConfigError(
-                f"Trainer(logger=...): expected a logger, several, True or False, found {one!r}. Derive a "
+                f"Trainer(logger=...): expected a logger, several, True or False, found {found}. Derive a "
                 "logger of your own from holdfast.loggers.Logger."
             )
     return loggers
@@ -156,8 +194,7 @@ def make_callbacks(
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise ConfigError(
-                f"Trainer(callbacks=[...]): expected holdfast.Callback objects, found "
-                f"{type(callback).__name__}."
+                f"Trainer(callbacks=[...]): expected holdfast.Callback objects, found {what_it_is(callback)}."
             )
     from holdfast.callbacks.model_summary import ModelSummary
     from holdfast.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
@@ -175,7 +212,12 @@ def make_callbacks(
         from holdfast.callbacks.model_checkpoint import ModelCheckpoint
 
         callbacks.append(ModelCheckpoint())
-    has_bar = any(isinstance(c, ProgressBar) for c in callbacks)
+    bars = [type(c).__name__ for c in callbacks if isinstance(c, ProgressBar)]
+    if len(bars) > 1:
+        raise ConfigError(
+            f"Trainer(callbacks=[...]) holds {len(bars)} progress bars: {', '.join(bars)}. Leave one of them."
+        )
+    has_bar = bool(bars)
     if progress_bar is False and has_bar:
         raise ConfigError(
             "Trainer(enable_progress_bar=False) contradicts the progress bar among callbacks=. Leave one out."
@@ -192,7 +234,7 @@ def make_callbacks(
         if any(isinstance(c, Timer) for c in callbacks):
             rank_zero_warn("Trainer(max_time=...) is left out: the Timer among callbacks= says how long.")
         else:
-            callbacks.append(Timer(duration=max_time))
+            callbacks.append(Timer(parse_duration(max_time, f"Trainer(max_time={max_time!r})")))
     return ordered(callbacks)
 
 

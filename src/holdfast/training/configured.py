@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -11,22 +10,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_warn, warn_once
+from holdfast.utilities.types import LRSchedulerConfig as LRSchedulerConfig
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
-
-
-@dataclass
-class LRSchedulerConfig:
-    """A scheduler and when it steps."""
-
-    scheduler: Any
-    name: str | None = None
-    interval: str = "epoch"
-    frequency: int = 1
-    reduce_on_plateau: bool = False
-    monitor: str | None = None
-    strict: bool = True
 
 
 def read_configuration(
@@ -50,9 +37,10 @@ def read_configuration(
     elif (
         isinstance(configured, (list, tuple))
         and len(configured) == 2
-        and all(isinstance(part, (list, tuple)) for part in configured)
+        and isinstance(configured[0], (list, tuple))
     ):
-        optimizers, schedulers = list(configured[0]), list(configured[1])
+        optimizers, last = list(configured[0]), configured[1]
+        schedulers = list(last) if isinstance(last, (list, tuple)) else [last]
     elif (
         isinstance(configured, (list, tuple)) and configured and all(isinstance(c, dict) for c in configured)
     ):
@@ -73,7 +61,15 @@ def read_configuration(
             f"configure_optimizers returned {len(optimizers)} optimizers. With more than one, set "
             "self.automatic_optimization = False in __init__ and step them in training_step."
         )
-    return optimizers, [_read_scheduler(scheduler, automatic, plateau_monitor) for scheduler in schedulers]
+    configs = [_read_scheduler(scheduler, automatic, plateau_monitor) for scheduler in schedulers]
+    for config in configs:
+        driven = getattr(config.scheduler, "optimizer", None)
+        if isinstance(driven, Optimizer) and not any(driven is optimizer for optimizer in optimizers):
+            raise ConfigError(
+                f"configure_optimizers returned a {type(config.scheduler).__name__} for an optimizer that it "
+                "did not return, so it would change nothing. Make it with the optimizer that is returned."
+            )
+    return optimizers, configs
 
 
 def _read_dicts(configured: Sequence[dict[str, Any]]) -> tuple[list[Optimizer], list[Any]]:

@@ -62,6 +62,8 @@ class BatchStream:
         self._begin: dict[str, Any] | None = None
         self._running: Any = None
         self._position_state: Any = None
+        self._ended = False
+        """Whether the loader has said that its epoch is over."""
         self._ahead = False
         """Whether the loop has fetched one batch more than it will have used."""
         self._order: SeededSampler | None = None
@@ -103,6 +105,11 @@ class BatchStream:
         restarted.__dict__["persistent_workers"] = False
         restarted.__dict__["generator"] = torch.Generator()
         return restarted
+
+    def another(self, stage: str) -> BatchStream:
+        """A stream over the same loader, with seeds of its own; this one stays where it is."""
+        seed, _, index, rank = self._seed_parts
+        return BatchStream(self.loader, stage=stage, index=index, seed=seed, rank=rank)
 
     def length(self) -> int | None:
         """Number of batches in an epoch, or None where the loader cannot tell."""
@@ -155,11 +162,17 @@ class BatchStream:
                     rng.set_state_of(value, state["own"][f"{path}.{name}"])
             if path in state["samplers"] and _has_state(owner):
                 owner.load_state_dict(state["samplers"][path])
+        if self.stateful and "loader" in state:
+            self.loader.load_state_dict(state["loader"])
+            self._ended = True
 
     def state(self, mid_epoch: bool) -> dict[str, Any]:
         """The data's part of a checkpoint; ``mid_epoch`` says that an epoch is under way."""
         now = self.begin_state()
         del now["generators"]
+        if self.stateful and self._ended:
+            # What it gives in the epoch after this one may depend on this one.
+            now["loader"] = self.loader.state_dict()
         state: dict[str, Any] = {"now": now, "batch_size": getattr(self.loader, "batch_size", None)}
         if mid_epoch:
             state["begin"] = self._begin
@@ -182,7 +195,7 @@ class BatchStream:
         self._seed(epoch, again)
         self.position = 0
         self._begin = None
-        self._ahead = False
+        self._ended = self._ahead = False
         if self._order is not None:
             self._order.sought = None
             # DataLoader draws one number from the run's generator for its workers: when they are started, so
@@ -306,12 +319,18 @@ class BatchStream:
 
     def _fetched(self, batches: Iterator[Any], index: int) -> Iterator[Any]:
         """An iterable's batches, the next of which is number ``index``; each is fetched in isolation."""
-        base, isolation = self.seed_base, self.isolation
+        base, isolation, begun_anew = self.seed_base, self.isolation, False
         while True:
             isolation.enter(rng.mix(base, index))
             try:
                 batch = next(batches)
             except StopIteration:
+                if index == 0 and self.stateful and not begun_anew:
+                    # Put back to the end of an epoch, it may take that for the end of this one.
+                    begun_anew = True
+                    batches = self._running = iter(self._iterable)
+                    continue
+                self._ended = True
                 return
             finally:
                 isolation.leave()
@@ -361,19 +380,3 @@ def _first_dimension(batch: Any, kind: type[Any]) -> int | None:
         if found is not None:
             return found
     return None
-
-
-def move_to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it, and anything with ``.to``, on ``device``."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=device.type != "cpu")
-    if isinstance(batch, dict):
-        moved = {key: move_to_device(value, device) for key, value in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move_to_device(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(move_to_device(value, device) for value in batch)
-    if hasattr(batch, "to") and callable(batch.to):
-        return batch.to(device)
-    return batch

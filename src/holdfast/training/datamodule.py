@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from typing_extensions import Self
 
+from holdfast.training.class_only import class_only_method
 from holdfast.training.combined import as_one_loader
-from holdfast.training.hooks import CheckpointHooks, DataHooks, is_overridden
+from holdfast.training.hooks import CheckpointHooks, DataHooks
 from holdfast.training.hparams import HyperparametersMixin
-from holdfast.training.module import class_only_method
 from holdfast.utilities.combined_loader import CombinedLoader, length_of
+from holdfast.utilities.model_helpers import is_overridden
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer

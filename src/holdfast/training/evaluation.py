@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from holdfast.callbacks.prediction_writer import BasePredictionWriter
 from holdfast.errors import ConfigError
 from holdfast.training.combined import CombinedStream, as_one_loader, make_stream
 from holdfast.training.data import BatchStream
@@ -30,7 +31,6 @@ _NAMES = {
     RunningStage.TESTING: ("test", "test_step"),
     RunningStage.PREDICTING: ("predict", "predict_step"),
 }
-
 
 # What a profiler calls the fetching of a batch, as Lightning does.
 _FETCHES = {
@@ -179,7 +179,9 @@ class EvaluationLoop:
         trainer.metrics.evaluation = results
         module._results = None if trainer.barebones else results
         modes = trainer.training_modes = {child: child.training for child in module.modules()}
-        no_grad = torch.inference_mode if trainer.inference_mode else torch.no_grad
+        # What a model keeps of its validation during fit, such as a cache, has to be fit for training.
+        inference = trainer.inference_mode and trainer.state.fn != "fit"
+        no_grad = torch.inference_mode if inference else torch.no_grad
         self._longest = 0
         keeps = self._prepare_for_writers() or keep_outputs
         logged: dict[str, Tensor] = {}
@@ -192,7 +194,7 @@ class EvaluationLoop:
                     self._outputs.append([])
                     self._run_loader(results, index, number, limit, keeps)
                 results.dataloader_idx = None
-                results.batch = None
+                results.batch = results.batch_size = None
                 results.epoch_ended = True
                 call(trainer, f"on_{prefix}_epoch_end")
                 if self.stage is RunningStage.SANITY_CHECKING:
@@ -226,13 +228,13 @@ class EvaluationLoop:
     def _prepare_for_writers(self) -> bool:
         """Note the rows of batches if a callback writes predictions; returns whether one wants them all."""
         self.current_batch_indices, self.epoch_batch_indices = [], []
-        writers = [c for c in self.trainer.callbacks if hasattr(c, "write_on_batch_end")]
+        writers = [c for c in self.trainer.callbacks if isinstance(c, BasePredictionWriter)]
         if self.prefix != "predict" or not writers:
             return False
         for stream in self.streams:
             if isinstance(stream, BatchStream):
                 stream.note_rows()
-        return any(str(getattr(writer, "interval", "")) in ("epoch", "batch_and_epoch") for writer in writers)
+        return any(writer.interval.on_epoch for writer in writers)
 
     def close(self) -> None:
         """Stop the loaders' worker processes."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast.errors import ConfigError
-from holdfast.training.data import move_to_device
+from holdfast.utilities.nested import move_to_device
 
 
 class Exportable:

@@ -42,7 +42,7 @@ class FitData:
         self.validation_interval: int | float = math.inf
         """Training batches between validation runs; infinite where only the end of the data can tell."""
         self._load = {"train": load_train, "val": load_val}
-        self._reload_every: int = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
+        self._reload_every: int = trainer.reload_dataloaders_every_n_epochs
         resumed = resumed or {}
         self.asked: dict[str, Any] = {}
         """When each kind of loader was asked for; part of the progress."""
@@ -135,7 +135,7 @@ class FitData:
 
     def _loaders(self, kind: str) -> Any:
         loaders = self._load[kind]()
-        return in_order(loaders, kind) if getattr(self.trainer, "overfit_batches", 0) else loaders
+        return in_order(loaders, kind) if self.trainer.overfit_batches else loaders
 
     def state_of_validation(self) -> list[dict[str, Any]] | None:
         """What validation's loaders draw their next run from, besides the generators that each run seeds."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from holdfast.training.data import move_to_device
+from holdfast.utilities.model_helpers import is_overridden
+from holdfast.utilities.nested import move_to_device
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 T = TypeVar("T")
-# Rooms whose classes provide hooks as no-ops or defaults.
-_OURS = ("holdfast.training.", "holdfast.strategies.")
+
+
+# Hooks of a module that do something although nobody overrides them.
+_NOT_EMPTY = ("_model_eval", "_model_zero_grad")
 
 
 class ModuleHooks:
-    """Hooks of a LightningModule; each is called where its name says. All do nothing unless overridden."""
+    """Hooks of a LightningModule; each is called where its name says. Most do nothing by default."""
 
     def on_fit_start(self) -> None: ...
     def on_fit_end(self) -> None: ...
@@ -70,8 +73,9 @@ class ModuleHooks:
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None: ...
 
     def on_validation_model_zero_grad(self) -> None:
-        """Frees the gradients' memory before validation, unless an accumulation is under way."""
-        self.zero_grad()  # type: ignore[attr-defined]
+        """Frees the gradients' memory before validation between two steps; not in manual optimization."""
+        if self.automatic_optimization:  # type: ignore[attr-defined]
+            self.zero_grad()  # type: ignore[attr-defined]
 
     def on_validation_model_eval(self) -> None:
         """Puts the model into evaluation mode for validation."""
@@ -145,18 +149,6 @@ class CheckpointHooks:
         """Read from the checkpoint before the state is restored from it."""
 
 
-def is_overridden(name: str, owner: Any) -> bool:
-    """True if ``owner`` or its class defines the hook, rather than inheriting holdfast's default."""
-    if owner is None:
-        return False
-    if name in vars(owner):
-        return True
-    for cls in type(owner).__mro__:
-        if name in vars(cls):
-            return not cls.__module__.startswith(_OURS)
-    return False
-
-
 def bind(trainer: Trainer, name: str, *, only: str = "") -> tuple[Callable[..., Any], ...]:
     """The overridden implementations of a hook in the order they run: callbacks', module's, strategy's.
 
@@ -177,7 +169,7 @@ def bind(trainer: Trainer, name: str, *, only: str = "") -> tuple[Callable[..., 
     if (
         only != "callbacks"
         and hasattr(module, name)
-        and (is_overridden(name, module) or name.endswith("_model_eval"))
+        and (is_overridden(name, module) or name.endswith(_NOT_EMPTY))
     ):
         action = f"[LightningModule]{type(module).__name__}.{name}"
         bound.append(profiled(trainer, action, getattr(module, name)))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import difflib
 import inspect
 import os
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +15,21 @@ from holdfast.checkpoint import origin
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.migrate import upgrade
 from holdfast.errors import CheckpointIncompatible
+from holdfast.training.declared import (
+    as_declared,
+    build_dataclass,
+    declared_types,
+    is_dataclass,
+    is_inert,
+)
+from holdfast.training.hooks import CheckpointHooks
 from holdfast.training.hparams import KWARGS, is_config, with_values
 from holdfast.training.hparams_file import read_hparams_file
+from holdfast.training.run import configure_model
 from holdfast.training.weights import load_weights
 from holdfast.utilities.parsing import AttributeDict
 from holdfast.utilities.rank_zero import rank_zero_warn
+from holdfast.utilities.unknown_names import did_you_mean
 
 
 def build_from_checkpoint(
@@ -37,29 +44,32 @@ def build_from_checkpoint(
 
     Args:
         cls: What to build.
-        source: A path, a URL or an open file; the state of optimizers in it is not read.
+        source: A path, a URL or an open file; the state of optimizers in it is read for a hook alone.
         map_location: As `checkpoint.load.load` takes it; the module goes where its first weight went.
         hparams_file: Read instead of the saved hyperparameters.
         strict: Whether every key must match; None means the built module's ``strict_loading``.
         overrides: Arguments for ``__init__`` that win over the saved ones.
     """
     title = origin.title(source)
-    payload = upgrade(load(source, map_location=map_location, skip=("optimizer_states",)), source=title)
+    # A hook of the user's gets to see the checkpoint, and may want any part of it.
+    shown = cls.on_load_checkpoint is not CheckpointHooks.on_load_checkpoint
+    skip = () if shown else ("optimizer_states",)
+    payload = upgrade(load(source, map_location=map_location, skip=skip), source=title)
     saved = payload.get(cls.CHECKPOINT_HYPER_PARAMS_KEY)
     name = payload.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
-    kind = payload.get(f"{cls.CHECKPOINT_HYPER_PARAMS_NAME.removesuffix('name')}type")
+    kind = payload.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE)
     if hparams_file is not None:
         saved, kind = read_hparams_file(hparams_file), None
     if saved is not None and not isinstance(saved, Mapping) and not is_config(saved):
         saved = vars(saved)
-    built: Any = instantiate(cls, saved or {}, name, overrides, kind=kind)
+    own = payload.get("holdfast")
+    left_out = own.get("omitted_hyper_parameters", ()) if isinstance(own, Mapping) else ()
+    built: Any = instantiate(cls, saved or {}, name, overrides, kind=kind, left_out=left_out)
     if not issubclass(cls, nn.Module):
         built.on_load_checkpoint(payload)
         if cls.__qualname__ in payload:
             built.load_state_dict(payload[cls.__qualname__])
         return built
-    from holdfast.training.run import configure_model
-
     configure_model(built)
     built.on_load_checkpoint(payload)
     if strict is None:
@@ -80,6 +90,7 @@ def instantiate(
     overrides: Mapping[str, Any],
     *,
     kind: str | None = None,
+    left_out: Iterable[str] = (),
 ) -> Any:
     """Build ``cls`` from saved hyperparameters and overrides, less what ``__init__`` does not take.
 
@@ -89,6 +100,7 @@ def instantiate(
         name: Its ``hparams_name``: the argument that takes them all as one object, or "kwargs".
         overrides: Arguments given by the caller.
         kind: Its ``hparams_type``: what that object was, by name.
+        left_out: Arguments that the checkpoint could not hold.
 
     Raises:
         CheckpointIncompatible: ``__init__`` wants an argument that is neither saved nor given.
@@ -108,7 +120,11 @@ def instantiate(
             whole = with_values(_own(saved), overrides)
             values[name] = _as_it_was(whole, kind, cls, name)
     else:
-        values = {**{str(key): saved[key] for key in saved}, **overrides}
+        hints = declared_types(cls.__init__)
+        known = {str(key): as_declared(saved[key], hints.get(str(key))) for key in saved}
+        lost = {key for key, value in known.items() if is_inert(value)}
+        _warn_of_defaults(cls, {*lost, *left_out} - set(overrides), parameters)
+        values = {key: value for key, value in known.items() if key not in lost} | dict(overrides)
         if not takes_any:
             _warn_of_typos(cls, overrides, parameters)
             values = {key: value for key, value in values.items() if key in parameters}
@@ -138,37 +154,27 @@ def _as_it_was(whole: Any, kind: str | None, cls: type[Any], name: str) -> Any:
     if kind is not None and kind.rpartition(".")[2] == "Namespace":
         return argparse.Namespace(**whole)
     # A type that the program itself names may be built; one that only the file names never is.
-    declared = _declared(cls.__init__).get(name)
+    declared = declared_types(cls.__init__).get(name)
     if kind is None and declared is argparse.Namespace:
         return argparse.Namespace(**whole)
-    return _dataclass(declared, whole) if _is_dataclass(declared) else whole
+    return build_dataclass(declared, whole) if is_dataclass(declared) else whole
 
 
-def _declared(function: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(function)
-    except Exception:  # an annotation that cannot be looked up, such as one under TYPE_CHECKING
-        return dict(getattr(function, "__annotations__", {}))
-
-
-def _is_dataclass(kind: Any) -> bool:
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
-
-
-def _dataclass(kind: Any, values: Mapping[str, Any]) -> Any:
-    hints = _declared(kind)
-    taken = {f.name: values[f.name] for f in dataclasses.fields(kind) if f.init and f.name in values}
-    for key, value in taken.items():
-        if _is_dataclass(hints.get(key)) and isinstance(value, Mapping):
-            taken[key] = _dataclass(hints[key], value)
-    return kind(**taken)
+def _warn_of_defaults(cls: type[Any], lost: Iterable[str], parameters: Mapping[str, Any]) -> None:
+    """Say which arguments are their defaults because the checkpoint could not hold what they were."""
+    for key in sorted(lost):
+        if key in parameters and parameters[key].default is not inspect.Parameter.empty:
+            rank_zero_warn(
+                f"{cls.__name__}.load_from_checkpoint: the checkpoint could not hold {key!r}, so it is "
+                f"__init__'s default. Give {key}=... for another."
+            )
 
 
 def _warn_of_typos(cls: type[Any], overrides: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     for key in overrides:
-        near = [] if key in parameters else difflib.get_close_matches(key, parameters, n=1, cutoff=0.7)
-        if near:
+        hint = "" if key in parameters else did_you_mean(key, parameters, cutoff=0.7)
+        if hint:
             rank_zero_warn(
                 f"{cls.__name__}.load_from_checkpoint({key}=...): __init__ takes no {key!r}, so it is left "
-                f"out. Did you mean {near[0]!r}?"
+                f"out.{hint}"
             )

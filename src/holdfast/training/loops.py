@@ -7,6 +7,7 @@ run enters exactly behind the safe point that its checkpoint was taken at.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -83,6 +84,11 @@ class FitLoop(LoopView):
         """Training batches between validation runs; infinite where only the end of the data can tell."""
         return self.data.validation_interval
 
+    @functools.cached_property
+    def transfer(self) -> Callable[[Any, int], Any] | None:
+        """What brings a batch to the device; None where there is nothing to do."""
+        return make_transfer(self.trainer)
+
     def validation_state(self) -> list[dict[str, Any]] | None:
         """What validation's loaders draw their next run from, besides the generators that each run seeds."""
         return self.data.state_of_validation()
@@ -126,6 +132,13 @@ class FitLoop(LoopView):
         epochs_done = progress.epoch + (progress.stage == END)
         return epochs_done >= (trainer.min_epochs or 0) and progress.global_step >= (trainer.min_steps or 0)
 
+    def _epoch_has_to_end(self) -> bool:
+        """Whether the run was killed after its last batch, and before the end of that batch's epoch."""
+        progress = self.progress
+        mid_epoch = self._resumed is not None and progress.stage in (BATCH, VALIDATED)
+        # With other limits than then, it is a run that had trained on.
+        return mid_epoch and progress.limits == state.limits_of(self.trainer)
+
     def run(self) -> None:
         """Train from where the progress stands until a limit is reached."""
         trainer, progress = self.trainer, self.progress
@@ -133,7 +146,8 @@ class FitLoop(LoopView):
         progress.loaders = self.data.asked
         if trainer.limit_train_batches == 0 or trainer.max_epochs == 0 or trainer.max_steps == 0:
             return
-        if self.finished:
+        only_ends = self.finished and self._epoch_has_to_end()
+        if self.finished and not only_ends:
             self.setup_data()
             reason = "the run was told to stop" if trainer.should_stop else "a limit is reached"
             epochs = progress.epoch + (progress.stage == END)
@@ -152,11 +166,11 @@ class FitLoop(LoopView):
             self.data.make_validation()
         call(trainer, "on_train_start")
         self._prepare()
-        while True:
+        # A hook may have said to stop already.
+        while only_ends or not self.finished:
+            only_ends = False
             with profile(trainer, "run_training_epoch"):
                 self._run_epoch()
-            if self.finished:
-                break
         # What is read in on_train_end is what is durable.
         settle(trainer)
         call(trainer, "on_train_end")
@@ -164,7 +178,8 @@ class FitLoop(LoopView):
     def _stand_where_it_ended(self) -> None:
         """Put back all that a finished run's checkpoint holds, so that it can be saved again as it is."""
         progress, resumed = self.progress, self._resumed
-        if self.trainer.enable_validation:
+        self.trainer.batch_idx = max(progress.batch - 1, 0)
+        if self.trainer.enable_validation and not self.data.validation_waits:
             self.data.make_validation()
         if resumed is not None and progress.stage in (BATCH, VALIDATED):
             self._resume_in_epoch(resumed, nothing_left=True)
@@ -177,7 +192,6 @@ class FitLoop(LoopView):
         if isinstance(trainer.val_check_interval, timedelta):
             self._stopwatch = Stopwatch(trainer.val_check_interval, self.progress.since_validation_s)
         self.optimization = make_optimization(trainer)
-        self.transfer = make_transfer(trainer)
         self.batch_starts = bind(trainer, "on_train_batch_start")
         self.batch_ends = bind(trainer, "on_train_batch_end")
         automatic = trainer.lightning_module.automatic_optimization
@@ -224,7 +238,8 @@ class FitLoop(LoopView):
             # A hook may have set another one for this epoch.
             self.accumulate = trainer.accumulate_grad_batches
             assert self.stream is not None
-            self._run_batches(self.stream.start(progress.epoch))
+            if not self._stops_here():
+                self._run_batches(self.stream.start(progress.epoch))
         self._end_epoch()
 
     def _resume_between_epochs(self, resumed: dict[str, Any]) -> None:
@@ -328,7 +343,7 @@ class FitLoop(LoopView):
                 return
             index += 1
             batch = following if endless else fetch(batches, _NO_BATCH)
-        if not endless and index < count and batch is _NO_BATCH:
+        if length is not None and index < count and batch is _NO_BATCH:
             rank_zero_warn(f"The training loader promised {int(count)} batches and gave {index}.")
 
     def _count_samples(self, batch: Any) -> None:
@@ -392,7 +407,7 @@ class FitLoop(LoopView):
 
     def _end_epoch(self) -> None:
         trainer, progress, metrics = self.trainer, self.progress, self.trainer.metrics
-        metrics.train.batch = None
+        metrics.train.batch = metrics.train.batch_size = None
         metrics.train.epoch_ended = True
         progress.full_epoch = progress.batch >= self.batches or math.isinf(self.batches)
         self._call_epoch_end()
@@ -400,7 +415,7 @@ class FitLoop(LoopView):
         if self.epoch_plateaus and progress.full_epoch:
             step_schedulers(trainer, "epoch", plateau=True)
         trainer.log_to_loggers(to_log, progress.batches_that_stepped - 1)
-        metrics.train.reset()
+        metrics.end_epoch()
         progress.stage = END
         if trainer.save_requests:
             trainer.safe_point()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.training.results import Entry, Results
+from holdfast.training.results import Entry, Results, as_tensor
 
 
 def metric_objects(module: nn.Module) -> dict[str, Any]:
@@ -35,6 +35,27 @@ def _restore_metric(metric: Any, saved: dict[str, Any], device: torch.device) ->
     metric._computed = None
 
 
+class CallbackMetrics(dict[str, Tensor]):
+    """What callbacks see of the metrics; what they assign is kept, like a value that was logged."""
+
+    def __init__(self, store: MetricStore, values: dict[str, Tensor]) -> None:
+        super().__init__(values)
+        self._store = store
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._store.take({name: as_tensor(value)})
+        super().__setitem__(name, self._store.callback[name])
+
+    def update(self, *values: Any, **named: Any) -> None:
+        """As a dict's, through `__setitem__`."""
+        for name, value in dict(*values, **named).items():
+            self[name] = value
+
+    def __reduce__(self) -> Any:
+        # A copy is a plain dict: it holds the values of a moment.
+        return dict, (dict(self),)
+
+
 class MetricStore:
     """The three views of everything logged so far, as `Trainer` shows them."""
 
@@ -53,13 +74,13 @@ class MetricStore:
         self.train.entries.clear()
         self.train.epoch_ended = False
 
-    def callback_metrics(self) -> dict[str, Tensor]:
+    def callback_metrics(self) -> CallbackMetrics:
         """Published values, and on top of them what the running loop has logged since."""
         live = dict(self.callback)
         live.update(self.train.callback_metrics())
         if self.evaluation is not None:
             live.update(self.evaluation.callback_metrics())
-        return live
+        return CallbackMetrics(self, live)
 
     def versions(self) -> dict[str, int]:
         """For each name in `callback_metrics`, a number that changes whenever its value is a new one."""
@@ -83,6 +104,10 @@ class MetricStore:
         values = self.train.step_metrics(wanted)
         if self.train.epoch_ended:
             values.update(self.train.epoch_metrics(wanted))
+        if self.evaluation is not None:
+            values.update(self.evaluation.step_metrics(wanted))
+            if self.evaluation.epoch_ended:
+                values.update(self.evaluation.epoch_metrics(wanted))
         return values
 
     def take(self, values: dict[str, Tensor]) -> None:
@@ -101,6 +126,15 @@ class MetricStore:
         to_log = results.epoch_metrics(lambda entry: entry.logger)
         self.logged.update(to_log)
         return to_log
+
+    def end_epoch(self) -> None:
+        """Begin to accumulate anew; the count of what was logged goes on, also in a run that resumes here."""
+        for entry in self.train.entries.values():
+            if entry.on_step:
+                for name in {entry.step_name(), entry.name}:
+                    self._published[name] = self._published.get(name, 0) + entry.updates
+            entry.updates = 0
+        self.train.reset()
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Everything above, and the TorchMetrics objects in the module, for a checkpoint."""

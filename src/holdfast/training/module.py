@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from holdfast.errors import ConfigError
+from holdfast.training.class_only import class_only_method
 from holdfast.training.export import Exportable
 from holdfast.training.hooks import CheckpointHooks, DataHooks, ModuleHooks
 from holdfast.training.hparams import HyperparametersMixin
@@ -21,31 +22,8 @@ from holdfast.training.results import Results
 from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
-    from holdfast.training.optimization import LightningOptimizer
+    from holdfast.training.optimizer import LightningOptimizer
     from holdfast.training.trainer import Trainer
-
-R = TypeVar("R")
-
-
-if TYPE_CHECKING:
-    class_only_method = classmethod
-else:
-
-    class class_only_method(classmethod):
-        """A classmethod that refuses to be called on an instance, where its result would be thrown away."""
-
-        def __get__(self, instance: Any, owner: type[Any] | None = None) -> Callable[..., Any]:
-            if instance is None:
-                return super().__get__(instance, owner)
-            name = f"{type(instance).__name__}.{self.__func__.__name__}"
-
-            def refuse(*args: Any, **kwargs: Any) -> None:
-                raise TypeError(
-                    f"{name} makes a new object: call it on the class, not on an instance, and keep what it "
-                    "returns."
-                )
-
-            return refuse
 
 
 class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, HyperparametersMixin, nn.Module):

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from holdfast.errors import ConfigError
-from holdfast.training.hooks import bind, bind_step, is_overridden, profiled
-from holdfast.training.optimizer import LightningOptimizer as LightningOptimizer
+from holdfast.training.hooks import bind, bind_step, profiled
+from holdfast.training.optimizer import LightningOptimizer
 from holdfast.training.precision import MixedPrecision
+from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
@@ -227,6 +228,9 @@ class AutomaticOptimization(Optimization):
         self.accumulate = divide_by
         if optimizer is None or not step:
             self._closure()
+            if optimizer is None and step:
+                # It trains nothing, but max_steps has to end the run all the same.
+                self.progress.global_step += 1
         elif self.plain_step and self.scaler is None:
             if self.single_evaluation:
                 self._closure()
@@ -302,12 +306,17 @@ class AutomaticOptimization(Optimization):
         self._ran = True
         output = self.forward(self._batch, self._batch_idx)
         loss = self._loss_of(output)
+        if loss is not None and self.accumulate != 1:
+            loss = loss / self.accumulate
         if self.has_listeners:
             self._outputs = self._outputs_of(output, loss)
+            if loss is not None and self.accumulate != 1:
+                # As documented by Lightning: hooks get the batch's share of its window.
+                self._outputs["loss"] = loss.detach()
         if self._zero and self.optimizer is not None:
             self._zero_grad(self.optimizer)
         if loss is not None:
-            self.backward(loss if self.accumulate == 1 else loss / self.accumulate)
+            self.backward(loss)
         return loss
 
     def _zero_grad(self, optimizer: Optimizer) -> None:

@@ -21,8 +21,8 @@ _KINDS: dict[str, type[Any]] = {
 
 def sort_plugins(
     plugins: Any, precision: Any, device: torch.device, strategy: Strategy | None = None
-) -> tuple[Precision, CheckpointIO | None, ClusterEnvironment | None]:
-    """The precision, the user's checkpoint plugin and the cluster environment of a trainer.
+) -> tuple[Precision, ClusterEnvironment | None]:
+    """The precision and the cluster environment of a trainer; its strategy gets the checkpoint plugin.
 
     Args:
         plugins: One plugin, several, or None.
@@ -44,7 +44,7 @@ def sort_plugins(
         )
     if strategy is not None:
         strategy.take(checkpoint_io, number_format)
-    return number_format, checkpoint_io, found.get("cluster environment")
+    return number_format, found.get("cluster environment")
 
 
 def _by_kind(plugins: Any) -> dict[str, Any]:

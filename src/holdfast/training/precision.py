@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
 from holdfast.errors import ConfigError
+from holdfast.utilities.nested import mapped
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
@@ -272,7 +273,11 @@ class _TruePrecision(Precision):
         return module.to(dtype=self.dtype)
 
     def convert_input(self, data: Any) -> Any:
-        return _floats_to(data, self.dtype)
+        return mapped(data, self._converted)
+
+    def _converted(self, value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.dtype) if floats else value
 
 
 class HalfPrecision(_TruePrecision):
@@ -337,20 +342,6 @@ def _is_scaled(scaler: Any, optimizer: Optimizer) -> bool:
     # GradScaler tells nobody; asked to unscale twice, it raises.
     stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
     return getattr(stage, "name", "READY") == "READY"
-
-
-def _floats_to(data: Any, dtype: torch.dtype) -> Any:
-    """The same data with every floating-point tensor in it as ``dtype``."""
-    if isinstance(data, Tensor):
-        return data.to(dtype) if data.is_floating_point() else data
-    if isinstance(data, dict):
-        converted = {key: _floats_to(value, dtype) for key, value in data.items()}
-        return converted if type(data) is dict else type(data)(converted)
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(_floats_to(value, dtype) for value in data))
-    if isinstance(data, (list, tuple)):
-        return type(data)(_floats_to(value, dtype) for value in data)
-    return data
 
 
 def make_precision(precision: Any, device: torch.device) -> Precision:

@@ -31,6 +31,17 @@ class RunningStage(str, Enum):
     def __str__(self) -> str:
         return self.value
 
+    @property
+    def evaluating(self) -> bool:
+        """Validation, also the few batches before training, or the test."""
+        return self in (RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
+
+    @property
+    def dataloader_prefix(self) -> str:
+        """What the names of its loaders begin with: "train", "val", "test" or "predict"."""
+        validates = self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING)
+        return "val" if validates else self.value
+
 
 class TrainerStatus(str, Enum):
     """How far along the request is."""

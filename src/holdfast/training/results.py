@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Number
 from typing import Any
 
 import torch
@@ -132,6 +133,9 @@ class Entry:
                 )
             if value.ndim:
                 value = value.squeeze()
+        elif type(value) is not float and type(value) is not int:
+            # NumPy's scalars, whose arithmetic wraps around and which no checkpoint has a place for.
+            value = value.item() if hasattr(value, "item") else value
         self.has_value = True
         self.updates += 1
         if self.on_epoch:
@@ -241,6 +245,11 @@ class Results:
     def _register(self, name: str, value: Any, asked: tuple[Any, ...]) -> Entry:
         prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx = asked
         fx = self.fx
+        if fx is not None and "predict" in fx:
+            raise ConfigError(
+                f"self.log({name!r}, ...) cannot be called in {fx}: trainer.predict collects no metrics. "
+                "Return the value with the prediction, or give it to self.logger.log_metrics."
+            )
         if fx is None or fx not in DEFAULTS:
             raise ConfigError(
                 f"self.log({name!r}, ...) cannot be called in {fx or 'a place outside of the loops'}. "
@@ -261,7 +270,7 @@ class Results:
                 f"self.log({name!r}, reduce_fx={reduce_fx!r}): expected 'mean', 'sum', 'min' or 'max'. "
                 "For anything else log a TorchMetrics object."
             )
-        if not isinstance(value, (Tensor, int, float)) and not _is_metric(value):
+        if not isinstance(value, (Tensor, Number)) and not _is_metric(value):
             raise ConfigError(
                 f"self.log({name!r}, value): expected a number, a tensor of one element or a TorchMetrics "
                 f"object, found {type(value).__name__}."
@@ -270,10 +279,23 @@ class Results:
         entry.asked = asked
         entry.metric = value if _is_metric(value) else None
         entry.loader = self.dataloader_idx
+        if self.dataloader_idx is not None and not add_dataloader_idx:
+            self._refuse_same_name(fx, name)
         if self.dataloader_idx is not None and add_dataloader_idx:
             entry.loader_suffix = f"/dataloader_idx_{self.dataloader_idx}"
         self.entries[(fx, name, self.dataloader_idx)] = entry
         return entry
+
+    def _refuse_same_name(self, fx: str, name: str) -> None:
+        """Raise if another loader's values go by this name already: one would hide the other."""
+        if any(
+            (other_fx, other) == (fx, name) and loader != self.dataloader_idx
+            for other_fx, other, loader in self.entries
+        ):
+            raise ConfigError(
+                f"self.log({name!r}, add_dataloader_idx=False) was called for several loaders, whose values "
+                "would hide each other. Leave add_dataloader_idx out, or give each loader's value a name."
+            )
 
     # -- reading -------------------------------------------------------------------------------------------
 

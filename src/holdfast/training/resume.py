@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from holdfast.callbacks.kept_checkpoints import version_directory
 from holdfast.checkpoint import catalog, commit
 from holdfast.checkpoint import payload as payloads
+from holdfast.checkpoint.checkpoint_io import writes_own_format
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.migrate import upgrade
 from holdfast.errors import CheckpointError, CheckpointIncomplete, CheckpointNotFound, ConfigError
-from holdfast.training.hooks import is_overridden
-from holdfast.training.saving import settle, writes_own_format
+from holdfast.training.saving import settle
+from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -58,10 +59,16 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_f
         found = _last(trainer)
         if found is None:
             rank_zero_warn(
-                f'ckpt_path="last": there is no checkpoint in {_listed(trainer)}. Starting from scratch.'
+                f'ckpt_path="last": there is no checkpoint in {_listed(trainer)}. '
+                + ("Starting from scratch." if for_fit else "The weights stay as they are.")
             )
             return None
         path = found
+    elif ckpt_path == "hpc" and not os.path.exists("hpc"):
+        raise ConfigError(
+            'ckpt_path="hpc" is not there yet. ckpt_path="auto" goes on from the newest checkpoint of this '
+            "run, also after a requeue."
+        )
     else:
         path = os.fspath(ckpt_path)
     return Resolved(path, upgrade(_read(trainer, path, for_fit), source=path))
@@ -71,7 +78,7 @@ def _read(trainer: Trainer, path: str, for_fit: bool) -> Any:
     """Read a checkpoint: through the user's plugin or strategy where there is one."""
     strategy = trainer.strategy
     if strategy.own_checkpoint_io is None and not is_overridden("load_checkpoint", strategy):
-        return load(path, skip=() if for_fit else ("optimizer_states",))
+        return load(path, skip=() if for_fit or _is_shown(trainer) else ("optimizer_states",))
     found = strategy.load_checkpoint(path)
     if not isinstance(found, dict):
         raise CheckpointIncomplete(
@@ -82,6 +89,13 @@ def _read(trainer: Trainer, path: str, for_fit: bool) -> Any:
     own = found.get("holdfast")
     types = own.pop("types", None) if isinstance(own, dict) else None
     return found if types is None else payloads.decode(found, types)
+
+
+def _is_shown(trainer: Trainer) -> bool:
+    """Whether a hook gets to see the checkpoint, and may want any part of it."""
+    return any(
+        is_overridden("on_load_checkpoint", owner) for owner in (trainer.model, trainer.datamodule)
+    ) or any(callback.uses_hook("on_load_checkpoint") for callback in trainer.callbacks)
 
 
 def run_directories(trainer: Trainer) -> list[str]:
@@ -106,13 +120,15 @@ def _candidates(trainer: Trainer) -> list[catalog.Entry]:
     for directory in run_directories(trainer):
         if os.path.isdir(directory):
             entries += catalog.scan(directory, recursive=True, suffix=(catalog.SUFFIX, *own))
+    # One of these directories may lie inside of another.
+    entries = list({entry.path: entry for entry in entries}.values())
     entries.sort(key=lambda entry: (entry.saved_at, entry.step or 0), reverse=True)
     return entries
 
 
 def _last(trainer: Trainer) -> str | None:
     candidates = _candidates(trainer)
-    if writes_own_format(trainer):
+    if writes_own_format(trainer.strategy.own_checkpoint_io):
         # Only the plugin can tell what is in it.
         return next((entry.path for entry in candidates), None)
     return next((entry.path for entry in candidates if entry.whole and entry.kind != "weights"), None)
@@ -143,12 +159,13 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
     if not candidates:
         rank_zero_info(f'ckpt_path="auto": no checkpoint in {_listed(trainer)} yet; starting from scratch')
         return None
-    plugin_reads = writes_own_format(trainer)
+    plugin_reads = writes_own_format(trainer.strategy.own_checkpoint_io)
     # A file saved inside a hook goes on from somewhere near; an older one from a safe point goes on exactly.
     ordered = [e for e in candidates if e.exact or e.foreign or not e.whole]
     ordered += [e for e in candidates if e not in ordered]
     skipped: list[str] = []
     bad_inodes: set[tuple[int, int]] = set()
+    put_off: list[catalog.Entry] = []
     for entry in ordered:
         name = os.path.relpath(entry.path)
         if not entry.whole and not plugin_reads:
@@ -162,6 +179,10 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
             payload = upgrade(_read(trainer, entry.path, for_fit), source=entry.path)
             if for_fit and plugin_reads and "optimizer_states" not in payload:
                 continue  # weights only, which no listing could tell
+            if plugin_reads and entry not in put_off and _is_inexact(payload):
+                put_off.append(entry)
+                ordered.append(entry)
+                continue
             return Resolved(entry.path, payload, _version_of(trainer, entry.path), skipped)
         except CheckpointNotFound:
             continue  # deleted between the listing and now
@@ -176,6 +197,11 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
         raise_none_whole(skipped)
     rank_zero_info(f'ckpt_path="auto": no checkpoint in {_listed(trainer)} yet; starting from scratch')
     return None
+
+
+def _is_inexact(payload: dict[str, Any]) -> bool:
+    """Whether a file of ours was saved in a hook, which no listing could tell where a plugin wrote it."""
+    return "summary" in payload["holdfast"] and not payload["holdfast"].get("exact")
 
 
 def raise_none_whole(skipped: list[str]) -> None:

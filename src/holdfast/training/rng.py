@@ -12,17 +12,17 @@ This module is imported by data-loader workers: it imports next to nothing of ho
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from holdfast.utilities.seed import apart as apart
 from holdfast.utilities.seed import capture as capture
 from holdfast.utilities.seed import restore as restore
+from holdfast.utilities.seed import seed_generators as seed_generators
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -69,15 +69,6 @@ def mix(base: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
-def seed_generators(seed: int) -> None:
-    """Seed Python's, torch's CPU and NumPy's generator (if loaded) from one 64-bit number."""
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed & 0xFFFFFFFF)
-
-
 class Isolation:
     """Lets code draw from seeded generators and then gives the run its own back, in some 20 microseconds.
 
@@ -118,16 +109,3 @@ class Isolation:
         torch.default_generator.set_state(self._torch)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_bit_generator(self._numpy)
-
-
-@contextlib.contextmanager
-def apart(seed: int) -> Iterator[None]:
-    """Run a block on generators of its own, GPUs' included, seeded with ``seed``; then restore the run's."""
-    state = capture()
-    seed_generators(seed)
-    if "cuda" in state:
-        torch.cuda.manual_seed_all(seed)
-    try:
-        yield
-    finally:
-        restore(state)

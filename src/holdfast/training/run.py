@@ -11,18 +11,25 @@ import torch
 
 from holdfast.callbacks.base import Callback
 from holdfast.checkpoint import origin
-from holdfast.errors import ConfigError
+from holdfast.errors import ArgumentError, ConfigError
 from holdfast.training import configuration, state
 from holdfast.training.configured import read_configuration
 from holdfast.training.evaluation import EvaluationLoop
-from holdfast.training.hooks import call, is_overridden, profiled
+from holdfast.training.hooks import call, profiled
 from holdfast.training.hparams import HyperparametersMixin
 from holdfast.training.loops import FitLoop
-from holdfast.training.optimization import LightningOptimizer
+from holdfast.training.optimizer import LightningOptimizer
 from holdfast.training.progress import RunningStage, TrainerFn, TrainerStatus
+from holdfast.training.requirements import (
+    check_fit,
+    check_step_arguments,
+    refuse_removed_hooks,
+    say_half_a_validation,
+)
 from holdfast.training.resume import Resolved, resolve
 from holdfast.training.saving import settle
 from holdfast.training.sources import find_loader, find_train_loader, has_loader
+from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What is asked -> (stage, kind of loader, the step that the module must have, the limit on batches)
+# What is asked -> (stage, kind of loader, the step that the module must have)
 _EVALUATIONS = {
     TrainerFn.VALIDATING: (RunningStage.VALIDATING, "val", "validation_step"),
     TrainerFn.TESTING: (RunningStage.TESTING, "test", "test_step"),
@@ -42,6 +49,7 @@ _EVALUATIONS = {
 def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
     """Run a request; whatever ends it, callbacks hear of it and loggers write out what they have."""
     trainer.state.fn, trainer.state.status = fn, TrainerStatus.RUNNING
+    trainer.state.stage = RunningStage.TRAINING if fn is TrainerFn.FITTING else _EVALUATIONS[fn][0]
     trainer.should_stop = False
     trainer.save_requests.clear()
     trainer.metrics.begin()
@@ -68,6 +76,8 @@ def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
             trainer.profiler.teardown(stage=str(fn))
         if trainer.model is not None:
             trainer.model._results = None
+        for callback in trainer.callbacks:
+            callback._module = None
 
 
 def _tell_of(trainer: Trainer, error: BaseException) -> None:
@@ -87,6 +97,7 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
 
 
 def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
+    refuse_removed_hooks(model)
     trainer.model = model
     model.trainer = trainer
     trainer.strategy.connect(model)
@@ -101,12 +112,14 @@ def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
         replaced = {type(callback) for callback in own}
         kept = [callback for callback in trainer.callbacks if type(callback) not in replaced]
         trainer.callbacks = configuration.ordered(kept + own)
+    for callback in trainer.callbacks:
+        callback._module = model
 
 
-def _setup(trainer: Trainer, stage: str) -> None:
+def _setup(trainer: Trainer, stage: TrainerFn) -> None:
     model, datamodule = trainer.lightning_module, trainer.datamodule
     if trainer.profiler.active:
-        trainer.profiler.setup(stage=stage, local_rank=trainer.local_rank, log_dir=trainer.log_dir)
+        trainer.profiler.setup(stage=str(stage), local_rank=trainer.local_rank, log_dir=trainer.log_dir)
     for owner in (datamodule, model):
         if is_overridden("prepare_data", owner):
             owner.prepare_data()
@@ -131,7 +144,7 @@ def configure_model(model: LightningModule) -> None:
         model.configure_model()
 
 
-def _teardown(trainer: Trainer, stage: str) -> None:
+def _teardown(trainer: Trainer, stage: TrainerFn) -> None:
     if trainer.datamodule is not None:
         trainer.datamodule.teardown(stage=stage)
     call(trainer, "teardown", stage, only="callbacks")
@@ -188,7 +201,7 @@ def fit(
 ) -> None:
     """Train; see `Trainer.fit`. The checkpoint is read and verified before anything else happens."""
     _attach(trainer, model, datamodule)
-    _check_fit(trainer, model, train)
+    check_fit(trainer, model, train)
     trainer.fit_loop = trainer.evaluation_loop = None
     trainer.seed = torch.initial_seed()
     trainer.broke_off = False
@@ -197,22 +210,25 @@ def fit(
         and is_overridden("validation_step", model)
         and has_loader(trainer, "val", val)
     )
+    if trainer.limit_val_batches:
+        say_half_a_validation(trainer, model, val)
     resolved = resolve(trainer, ckpt_path, for_fit=True)
     trainer.resumed_automatically = ckpt_path in ("auto", "last")
-    _continue_in(trainer, resolved, auto=ckpt_path == "auto")
+    _continue_in(trainer, resolved, ckpt_path)
     if resolved is not None:
         # Before anything can ask for a loader, whose batches are seeded from it.
         trainer.seed = resolved.payload["holdfast"].get("seed", trainer.seed)
-    _setup(trainer, "fit")
-    source = "" if resolved is None else os.path.basename(resolved.path)
-    if resolved is not None:
-        state.restore_model(trainer, resolved.payload, source)
+    # The hooks of setup may ask how many steps there will be.
     trainer.fit_loop = FitLoop(
         trainer,
         lambda: find_train_loader(trainer, train),
         lambda: find_loader(trainer, "val", val),
         None if resolved is None else resolved.payload["holdfast"],
     )
+    _setup(trainer, TrainerFn.FITTING)
+    source = "" if resolved is None else os.path.basename(resolved.path)
+    if resolved is not None:
+        afresh = state.restore_model(trainer, resolved.payload, source)
     action = f"[LightningModule]{type(model).__name__}.configure_optimizers"
     trainer.optimizers, trainer.lr_scheduler_configs = read_configuration(
         profiled(trainer, action, model.configure_optimizers)(), automatic=model.automatic_optimization
@@ -222,7 +238,7 @@ def fit(
     )
     trainer.wrapped_optimizers = [LightningOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
     if resolved is not None:
-        state.restore_training(trainer, resolved.payload, source)
+        state.restore_training(trainer, resolved.payload, source, afresh)
         state.describe_resume(trainer, resolved.payload, resolved.path, resolved.skipped)
         # All of it is in place now, and optimizer state need not be in memory twice.
         resolved.payload.clear()
@@ -239,43 +255,27 @@ def fit(
     settle(trainer)
     for logger in trainer.loggers:
         logger.finalize("success")
-    _teardown(trainer, "fit")
-
-
-def _check_fit(trainer: Trainer, model: LightningModule, train: Any) -> None:
-    name = type(model).__name__
-    for hook, what in (
-        ("training_step", "computes the loss"),
-        ("configure_optimizers", "returns the optimizer"),
-    ):
-        if not is_overridden(hook, model):
-            raise ConfigError(f"{name} has no {hook}. trainer.fit needs it: define {hook}, which {what}.")
-    if not has_loader(trainer, "train", train):
-        raise ConfigError(
-            "There is no training data: give trainer.fit(model, train_dataloaders=...), a datamodule, "
-            f"or define {name}.train_dataloader."
-        )
-    if not model.automatic_optimization and (
-        trainer.gradient_clip_val or trainer.accumulate_grad_batches != 1
-    ):
-        raise ConfigError(
-            "Trainer(gradient_clip_val=, accumulate_grad_batches=) have no effect with manual optimization. "
-            "Leave them out; clip with self.clip_gradients and accumulate in training_step."
-        )
+    _teardown(trainer, TrainerFn.FITTING)
 
 
 def _absolute(path: str) -> str:
     return path if origin.is_url(path) else os.path.abspath(path)
 
 
-def _continue_in(trainer: Trainer, resolved: Resolved | None, *, auto: bool) -> None:
+def _as_given(resolved: Resolved, ckpt_path: Any) -> Any:
+    """What ``trainer.ckpt_path`` shows: the path as it was given, or the one that a word stood for."""
+    return _absolute(resolved.path) if ckpt_path in ("best", "last", "auto") else ckpt_path
+
+
+def _continue_in(trainer: Trainer, resolved: Resolved | None, ckpt_path: Any) -> None:
     """Point loggers at the version that the checkpoint came from, before anything is written."""
     trainer.resumed_from = trainer.ckpt_path = None
     trainer.continues_version = False
     if resolved is None:
         return
-    trainer.resumed_from = trainer.ckpt_path = _absolute(resolved.path)
-    if not auto:
+    trainer.resumed_from = _absolute(resolved.path)
+    trainer.ckpt_path = _as_given(resolved, ckpt_path)
+    if ckpt_path != "auto":
         return
     states = [saved["state"] for saved in resolved.payload["holdfast"].get("loggers", [])]
     for logger, state_ in zip(trainer.loggers, states, strict=False):
@@ -307,7 +307,10 @@ def evaluate(
     stage, kind, step = _EVALUATIONS[fn]
     if model is None:
         if trainer.model is None:
-            raise ConfigError(f"trainer.{fn}() without a model works after fit only. Give it one.")
+            raise ArgumentError(
+                f"trainer.{fn}(): there is no model. Give it one: only after fit it may be left out, and is "
+                "that fit's."
+            )
         model = trainer.model
         datamodule = trainer.datamodule if datamodule is None and dataloaders is None else datamodule
         best: Any = getattr(trainer.checkpoint_callback, "best_model_path", None)
@@ -317,14 +320,15 @@ def evaluate(
     predicts = fn is TrainerFn.PREDICTING
     if not is_overridden(step, model) and not (predicts and is_overridden("forward", model)):
         raise ConfigError(f"{type(model).__name__} has no {step}. trainer.{fn} needs it.")
+    check_step_arguments(model, step)
     if not has_loader(trainer, kind, dataloaders):
         raise ConfigError(
             f"There is no data for trainer.{fn}: give dataloaders=, a datamodule, or define "
             f"{type(model).__name__}.{kind}_dataloader."
         )
     resolved = resolve(trainer, ckpt_path, for_fit=False)
-    trainer.ckpt_path = None if resolved is None else _absolute(resolved.path)
-    _setup(trainer, str(fn))
+    trainer.ckpt_path = None if resolved is None else _as_given(resolved, ckpt_path)
+    _setup(trainer, fn)
     if resolved is not None:
         state.restore_model(trainer, resolved.payload, os.path.basename(resolved.path))
         path = resolved.path
@@ -339,7 +343,7 @@ def evaluate(
     results = loop.run(0, keep_outputs=keep_outputs)
     for logger in trainer.loggers:
         logger.finalize("success")
-    _teardown(trainer, str(fn))
+    _teardown(trainer, fn)
     if predicts:
         trainer.predictions = results[0] if keep_outputs and len(results) == 1 else results
         return trainer.predictions if keep_outputs else None

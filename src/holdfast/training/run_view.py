@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RunView:
-    """Properties over the state that `Trainer` keeps; none of them changes anything."""
+    """Properties over the state that `Trainer` keeps; asking changes nothing about the run."""
 
     callbacks: list[Callback]
     default_root_dir: str
@@ -35,7 +34,7 @@ class RunView:
     max_epochs: int | None
     max_steps: int
     metrics: MetricStore
-    num_sanity_val_steps: int
+    num_sanity_val_steps: int | float
     precision_plugin: Precision
     progress: Progress
     state: TrainerState
@@ -49,10 +48,8 @@ class RunView:
 
     @property
     def lightning_module(self) -> LightningModule:
-        """The module of the current or last run."""
-        if self.model is None:
-            raise RuntimeError("This trainer has not run anything yet, so it has no module.")
-        return self.model
+        """The module of the current or last run; None before the first."""
+        return self.model  # type: ignore[return-value]
 
     # -- position --------------------------------------------------------------------------------------------
 
@@ -79,8 +76,7 @@ class RunView:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Validation batches of each loader in the sanity check."""
-        limit = float("inf") if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
-        return [min(count, limit) for count in self.num_val_batches]
+        return [min(count, self.num_sanity_val_steps) for count in self.num_val_batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
@@ -256,7 +252,7 @@ class RunView:
     @property
     def node_rank(self) -> int:
         """Rank of this machine in the job."""
-        return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+        return self.strategy.node_rank
 
     @property
     def world_size(self) -> int:

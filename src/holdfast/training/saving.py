@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.checkpoint import payload as payloads
-from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO
+from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO, writes_own_format
 from holdfast.checkpoint.engine import SaveReport, plain_summary
 from holdfast.training import state
-from holdfast.training.hooks import is_overridden, profile
+from holdfast.training.hooks import profile
+from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
             for callback, plan in group:
                 open_plans.remove((callback, plan))
                 if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
-                    trainer.strategy.saves_in_flight.append((callback, plan, report))
+                    trainer.saves_in_flight.append((callback, plan, report))
                 else:
                     callback.committed(trainer, plan, report)
     finally:
@@ -69,7 +70,7 @@ def settle(trainer: Trainer) -> None:
     checkpoint_io = trainer.strategy.own_checkpoint_io
     if not isinstance(checkpoint_io, AsyncCheckpointIO):
         return
-    in_flight, trainer.strategy.saves_in_flight = trainer.strategy.saves_in_flight, []
+    in_flight, trainer.saves_in_flight = trainer.saves_in_flight, []
     try:
         checkpoint_io.wait()
     except BaseException:
@@ -132,21 +133,13 @@ def writes_itself(trainer: Trainer) -> bool:
     return not engine_like or is_overridden("save_checkpoint", trainer.strategy)
 
 
-def writes_own_format(trainer: Trainer) -> bool:
-    """Whether what the plugin writes is, as far as anybody can tell, not holdfast's format."""
-    checkpoint_io: Any = trainer.strategy.own_checkpoint_io
-    while isinstance(checkpoint_io, AsyncCheckpointIO):
-        checkpoint_io = checkpoint_io.checkpoint_io
-    return checkpoint_io is not None and not isinstance(checkpoint_io, TorchCheckpointIO)
-
-
 def _save_by_plugin(
     trainer: Trainer, payload: dict[str, Any], names: list[str], summary: dict[str, Any], storage_options: Any
 ) -> SaveReport:
     """Hand the plugin a checkpoint for each name; what it writes and how is its own affair."""
     began = time.monotonic()
     omissions: list[tuple[str, str]] = []
-    if writes_own_format(trainer):
+    if writes_own_format(trainer.strategy.own_checkpoint_io):
         # Plain values and tensors, so that torch.save can write it and torch.load read it.
         encoded = payloads.encode(payload)
         payload, omissions = encoded.tree, encoded.omissions

@@ -17,8 +17,8 @@ from torch.utils.data import (
 
 from holdfast.errors import ConfigError
 from holdfast.training.combined import as_one_loader
-from holdfast.training.hooks import is_overridden
 from holdfast.utilities.combined_loader import CombinedLoader
+from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ use instead.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -15,6 +14,7 @@ from typing import Any, ParamSpec
 
 from holdfast.errors import ArgumentError, ConfigError
 from holdfast.utilities.rank_zero import rank_zero_deprecation
+from holdfast.utilities.unknown_names import unexpected_argument
 
 P = ParamSpec("P")
 Translation = tuple[dict[str, Any], str]
@@ -208,9 +208,7 @@ def _brief(value: Any) -> str:
 def _unexpected(name: str, known: list[str]) -> ArgumentError:
     if name in _LEFT_OUT:
         return ArgumentError(f"Trainer({name}=...) is not there. {_LEFT_OUT[name]}")
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {nearest[0]!r}?" if nearest else f"It takes {', '.join(known)}."
-    return ArgumentError(f"Trainer() got an unexpected keyword argument {name!r}. {hint}")
+    return unexpected_argument("Trainer", name, known)
 
 
 def takes_old_spellings(init: Callable[P, None]) -> Callable[P, None]:

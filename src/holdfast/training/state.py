@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from holdfast.callbacks.timer import Timer
-from holdfast.callbacks.weight_averaging import WeightAveraging
 from holdfast.checkpoint.migrate import FORMAT_VERSION, LIGHTNING_VERSION
 from holdfast.checkpoint.origin import is_url, title
+from holdfast.checkpoint.payload import encode
 from holdfast.errors import CheckpointIncompatible
 from holdfast.training import rng
-from holdfast.training.hooks import is_overridden
 from holdfast.training.hparams import stored
 from holdfast.training.progress import BATCH, END, VALIDATED
 from holdfast.training.weights import load_weights
+from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -51,12 +51,10 @@ def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, A
         "state_dict": trainer.strategy.lightning_module_state_dict(),
         "loops": progress.lightning_loops(progress.global_step, _batches(trainer)),
     }
-    _capture_hyperparameters(payload, module, "hparams_name", "hyper_parameters")
+    left_out = _capture_hyperparameters(payload, module)
     datamodule = trainer.datamodule
     if datamodule is not None:
-        _capture_hyperparameters(
-            payload, datamodule, "datamodule_hparams_name", "datamodule_hyper_parameters"
-        )
+        left_out += _capture_hyperparameters(payload, datamodule)
     if not weights_only:
         payload["optimizer_states"] = [
             trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers
@@ -80,8 +78,9 @@ def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, A
     else:
         payload["holdfast"] = {"format_version": FORMAT_VERSION, "exact": False, "kind": "weights"}
         for callback in trainer.callbacks:
-            if isinstance(callback, WeightAveraging):
-                callback.put_average(payload)
+            callback.on_save_weights(trainer, module, payload)
+    if left_out:
+        payload["holdfast"]["omitted_hyper_parameters"] = left_out
     if datamodule is not None:
         datamodule.on_save_checkpoint(payload)
     module.on_save_checkpoint(payload)
@@ -93,12 +92,18 @@ def _batches(trainer: Trainer) -> int:
     return int(count) if count != float("inf") else -1
 
 
-def _capture_hyperparameters(payload: dict[str, Any], owner: Any, name_key: str, values_key: str) -> None:
+def _capture_hyperparameters(payload: dict[str, Any], owner: Any) -> list[str]:
+    """Put them into the payload; returns the names of those that a checkpoint cannot hold."""
     found = stored(owner)
-    if found is not None:
-        payload[name_key], kind, payload[values_key] = found
-        if kind is not None:
-            payload[name_key.removesuffix("name") + "type"] = kind
+    if found is None:
+        return []
+    name, kind, values = found
+    payload[owner.CHECKPOINT_HYPER_PARAMS_NAME] = name
+    payload[owner.CHECKPOINT_HYPER_PARAMS_KEY] = values
+    if kind is not None:
+        payload[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = kind
+    networks = [str(key) for key in owner.hparams if key not in values]
+    return networks + [path for path, _ in encode(values).omissions if "/" not in path]
 
 
 def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     loop = trainer.fit_loop
     modes = trainer.training_modes or {}
     progress.should_stop = trainer.should_stop
-    progress.limits = _limits(trainer)
+    progress.limits = limits_of(trainer)
     # An epoch that a limit cut short can be gone on with by a run that has a higher one.
     mid_epoch = progress.stage in (BATCH, VALIDATED) or (progress.stage == END and not progress.full_epoch)
     for logger in trainer.loggers:
@@ -134,7 +139,7 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     }
 
 
-def _limits(trainer: Trainer) -> list[Any]:
+def limits_of(trainer: Trainer) -> list[Any]:
     """What the run ends at; one that goes on under other limits is meant to train on."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
     durations = [timer.duration_s for timer in timers if timer.duration_s is not None]
@@ -170,21 +175,38 @@ def environment() -> dict[str, Any]:
 # -- restore, in the order in which a fit needs it -----------------------------------------------------------
 
 
-def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> None:
-    """Weights and data, after the hooks that may change the checkpoint; optimizers do not exist yet."""
+_LISTS = {"optimizer_states": "optimizers", "lr_schedulers": "LR schedulers"}
+
+
+def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> set[str]:
+    """Weights and data, after the hooks that may change the checkpoint; optimizers do not exist yet.
+
+    Returns:
+        The lists of states that a hook has emptied: what they are for is meant to start afresh.
+    """
+    held = {key for key in _LISTS if payload.get(key)}
     module, datamodule = trainer.lightning_module, trainer.datamodule
     if datamodule is not None:
         datamodule.on_load_checkpoint(payload)
         if type(datamodule).__qualname__ in payload:
             datamodule.load_state_dict(payload[type(datamodule).__qualname__])
+    module.on_load_checkpoint(payload)
     for callback in trainer.callbacks:
         callback.on_load_checkpoint(trainer, module, payload)
-    module.on_load_checkpoint(payload)
     load_weights(module, payload["state_dict"], strict=module.strict_loading, source=source)
+    return {key for key in held if key in payload and not payload[key]}
 
 
-def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> None:
+def restore_training(
+    trainer: Trainer, payload: dict[str, Any], source: str, afresh: Collection[str] = ()
+) -> None:
     """Optimizers, schedulers, scaler, callbacks, counters and metrics: all but the generators.
+
+    Args:
+        trainer: The trainer.
+        payload: The checkpoint.
+        source: The file's name, for messages.
+        afresh: What `restore_model` returned.
 
     Raises:
         CheckpointIncompatible: it holds no such state, or for another number of optimizers.
@@ -197,24 +219,29 @@ def restore_training(trainer: Trainer, payload: dict[str, Any], source: str) -> 
         )
     for callback in trainer.callbacks:
         callback.on_restore_optimizers(trainer, trainer.lightning_module, payload)
-    for what, live, saved in (
-        ("optimizers", trainer.optimizers, payload["optimizer_states"]),
-        ("LR schedulers", trainer.lr_scheduler_configs, payload["lr_schedulers"]),
-    ):
-        if len(live) != len(saved):
+    live_of: dict[str, list[Any]] = {
+        "optimizer_states": trainer.optimizers,
+        "lr_schedulers": trainer.lr_scheduler_configs,
+    }
+    for key, what in _LISTS.items():
+        live, saved = live_of[key], payload[key]
+        if key in afresh:
+            rank_zero_info(f"on_load_checkpoint has emptied {key!r}: the {what} start afresh")
+        elif len(live) != len(saved):
             raise CheckpointIncompatible(
                 f"{source} holds the state of {len(saved)} {what}, but configure_optimizers returned "
                 f"{len(live)}. Resume with the optimizers that the run was started with."
             )
-    if trainer.strategy.lightning_restore_optimizer:
+    if trainer.strategy.lightning_restore_optimizer and "optimizer_states" not in afresh:
         _restore_optimizers(trainer, payload, source)
-    for config, state in zip(trainer.lr_scheduler_configs, payload["lr_schedulers"], strict=True):
+    # Where they start afresh, there is nothing to give them.
+    for config, state in zip(trainer.lr_scheduler_configs, payload["lr_schedulers"], strict=False):
         config.scheduler.load_state_dict(state)
     trainer.precision_plugin.load_state_dict(payload.get(trainer.precision_plugin.state_key, {}))
     _restore_callbacks(trainer, payload.get("callbacks") or {})
     progress = trainer.progress
     progress.load_state_dict(run["progress"])
-    if progress.limits == _limits(trainer):
+    if progress.limits == limits_of(trainer):
         trainer.should_stop = progress.should_stop
     elif progress.stage == END and not progress.full_epoch and (run.get("data") or {}).get("begin"):
         # A limit had cut this epoch short, and now there is another: its other batches come first.

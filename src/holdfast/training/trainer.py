@@ -11,44 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.callbacks.base import Callback, Checkpoint
-from holdfast.checkpoint.engine import CheckpointEngine
-from holdfast.errors import ArgumentError, ConfigError
+from holdfast.callbacks.base import Callback, Checkpoint, SavePlan
+from holdfast.checkpoint.engine import CheckpointEngine, SaveReport
+from holdfast.errors import ConfigError
 from holdfast.profilers.choose import choose_profiler
 from holdfast.strategies.choose import choose_strategy
 from holdfast.training import configuration, run
-from holdfast.training.configured import LRSchedulerConfig
 from holdfast.training.datamodule import LightningDataModule
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.loops import FitLoop
 from holdfast.training.metrics import MetricStore
 from holdfast.training.module import LightningModule
-from holdfast.training.optimization import LightningOptimizer
+from holdfast.training.optimization import AutomaticOptimization, ManualOptimization
+from holdfast.training.optimizer import LightningOptimizer
 from holdfast.training.plugins import sort_plugins
 from holdfast.training.progress import Progress, TrainerFn, TrainerState, TrainerStatus
+from holdfast.training.requirements import as_module
 from holdfast.training.results import Results
 from holdfast.training.run_view import RunView
 from holdfast.training.saving import carry_out_requests, save, settle
 from holdfast.training.spellings import takes_old_spellings
 from holdfast.training.validation_schedule import check_interval
 from holdfast.utilities.rank_zero import warn_once
-
-
-def as_module(method: str, model: Any) -> LightningModule:
-    """The module that is meant: the one inside, where it was given compiled; its calls stay compiled.
-
-    Raises:
-        ArgumentError: it is something else.
-    """
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(inner, LightningModule) and isinstance(model, torch._dynamo.OptimizedModule):
-        inner._compiled_call_impl = model.dynamo_ctx(inner._call_impl)
-        return inner
-    if not isinstance(model, LightningModule):
-        raise ArgumentError(
-            f"trainer.{method}(model): expected a holdfast.LightningModule, found {type(model).__name__}."
-        )
-    return model
+from holdfast.utilities.types import LRSchedulerConfig
 
 
 class Trainer(RunView):
@@ -165,19 +150,18 @@ class Trainer(RunView):
             )  # fmt: skip
             logger = enable_checkpointing = enable_progress_bar = enable_model_summary = False
             num_sanity_val_steps = log_every_n_steps = 0
-        self.fast_dev_run = configuration.check_fast_dev_run(fast_dev_run)
+        trial = configuration.check_fast_dev_run(fast_dev_run)
+        self.fast_dev_run: int | bool = fast_dev_run if isinstance(fast_dev_run, bool) else trial
         self.overfit_batches = configuration.check_limit("overfit_batches", overfit_batches)
         if self.overfit_batches:
             limit_train_batches = limit_val_batches = self.overfit_batches
-        if self.fast_dev_run:
-            limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = (
-                self.fast_dev_run
-            )
-            max_steps, max_epochs, num_sanity_val_steps = self.fast_dev_run, 1, 0
+        if trial:
+            limit_train_batches = limit_val_batches = limit_test_batches = limit_predict_batches = trial
+            max_steps, max_epochs, num_sanity_val_steps = trial, 1, 0
             val_check_interval, check_val_every_n_epoch = 1.0, 1
         self.default_root_dir = configuration.root_directory(default_root_dir)
         self.max_epochs = check("max_epochs", max_epochs, least=-1)
-        self.max_steps = check("max_steps", max_steps, least=-1)
+        self.max_steps = check("max_steps", -1 if max_steps is None else max_steps, least=-1)
         if self.max_epochs is None and self.max_steps == -1 and max_time is None:
             self.max_epochs = 1000
             warn_once(
@@ -191,11 +175,10 @@ class Trainer(RunView):
         self.limit_predict_batches = configuration.check_limit("limit_predict_batches", limit_predict_batches)
         self.check_val_every_n_epoch = check("check_val_every_n_epoch", check_val_every_n_epoch, least=1)
         self.val_check_interval = check_interval(val_check_interval, self.check_val_every_n_epoch)
-        self.num_sanity_val_steps = (
-            2
-            if num_sanity_val_steps is None
-            else check("num_sanity_val_steps", num_sanity_val_steps, least=-1)
-        )
+        if num_sanity_val_steps is None:
+            num_sanity_val_steps = 2
+        sanity: int = check("num_sanity_val_steps", num_sanity_val_steps, least=-1)
+        self.num_sanity_val_steps: int | float = float("inf") if sanity == -1 else sanity
         self.log_every_n_steps = (
             50 if log_every_n_steps is None else check("log_every_n_steps", log_every_n_steps, least=0)
         )
@@ -210,12 +193,11 @@ class Trainer(RunView):
         self.detect_anomaly = detect_anomaly
         self.log_hyperparameters = enable_autolog_hparams
         self.strategy = choose_strategy(strategy, accelerator, devices, num_nodes)
-        self.precision_plugin, self.checkpoint_io, self.cluster_environment = sort_plugins(
+        self.precision_plugin, self.cluster_environment = sort_plugins(
             plugins, precision, self.strategy.root_device, self.strategy
         )
         self.profiler = choose_profiler(profiler)
-        if deterministic:
-            torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+        configuration.set_deterministic(deterministic)
         if benchmark is not None:
             torch.backends.cudnn.benchmark = benchmark
         self.loggers = configuration.make_loggers(logger, self.default_root_dir, self.fast_dev_run)
@@ -243,8 +225,8 @@ class Trainer(RunView):
         self.datamodule: Any = None
         self.fit_loop: FitLoop | None = None
         self.predictions: Any = None
-        self.ckpt_path: str | None = None
-        """The checkpoint that the current or last run was given, resolved to a path."""
+        self.ckpt_path: str | os.PathLike[str] | None = None
+        """The checkpoint that the current or last run was given; for "best", "last" and "auto" its path."""
         self.resumed_from: str | None = None
         """The checkpoint that the fit went on from."""
         self.resumed_automatically = False
@@ -252,6 +234,8 @@ class Trainer(RunView):
         self.continues_version = False
         """Whether the fit writes on in the logs of the run that it goes on from."""
         self.save_requests: list[Checkpoint] = []
+        self.saves_in_flight: list[tuple[Checkpoint, SavePlan, SaveReport]] = []
+        """Saves that a background plugin may still be writing."""
         self.training_modes: dict[Any, bool] | None = None
         """While an evaluation runs: each module's mode outside of it."""
         self.broke_off = False
@@ -420,17 +404,28 @@ class Trainer(RunView):
         return self.metrics.train if self.metrics.evaluation is None else self.metrics.evaluation
 
     def log_to_loggers(self, metrics: dict[str, Tensor], step: int, with_epoch: bool = True) -> None:
-        """Send values to every logger; reading them waits for the device."""
+        """Send values to every logger; reading them waits for the device.
+
+        A value called "step" says where on the loggers' axis the others belong.
+        """
         if not self.loggers or not metrics:
             return
         values: dict[str, float] = {name: value.item() for name, value in metrics.items()}
-        if with_epoch:
+        own_step = values.pop("step", None)
+        if own_step is not None:
+            step = int(own_step)
+        elif with_epoch:
             values.setdefault("epoch", self.current_epoch)
+        if not values:
+            return
         for logger in self.loggers:
             logger.log_metrics(values, step=max(step, 0))
+            if not type(logger).save.__module__.startswith("holdfast."):
+                # One of the user's may write in save alone. Ours know themselves when to.
+                logger.save()
 
     @property
-    def optimization(self) -> Any:
+    def optimization(self) -> AutomaticOptimization | ManualOptimization:
         """The running fit's optimization, automatic or manual."""
         if self.fit_loop is None:
             raise RuntimeError("Optimizers step during fit only.")

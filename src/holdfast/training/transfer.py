@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from holdfast.training.data import move_to_device
-from holdfast.training.hooks import is_overridden, profiled
+from holdfast.training.hooks import profiled
+from holdfast.utilities.model_helpers import is_overridden
+from holdfast.utilities.nested import move_to_device
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from datetime import timedelta
 from typing import Any
 
 from holdfast.errors import ConfigError
+from holdfast.utilities.durations import parse_duration
 
 
 def check_interval(value: Any, check_val_every_n_epoch: int | None) -> int | float | timedelta:
@@ -25,7 +25,7 @@ def check_interval(value: Any, check_val_every_n_epoch: int | None) -> int | flo
     if value is None:
         return 1.0
     if isinstance(value, (str, dict, timedelta)):
-        return _duration(value)
+        return parse_duration(value, f"Trainer(val_check_interval={value!r})")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise ConfigError(
             f"Trainer(val_check_interval={value!r}): expected a number of batches, a fraction between 0.0 "
@@ -46,23 +46,6 @@ def check_interval(value: Any, check_val_every_n_epoch: int | None) -> int | flo
             "an int."
         )
     return value
-
-
-def _duration(value: str | dict[str, float] | timedelta) -> timedelta:
-    if isinstance(value, timedelta):
-        return value
-    if isinstance(value, dict):
-        try:
-            return timedelta(**value)
-        except TypeError:
-            pass
-    elif re.fullmatch(r"\d+:\d+:\d+:\d+", value):
-        days, hours, minutes, seconds = map(int, value.split(":"))
-        return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-    raise ConfigError(
-        f"Trainer(val_check_interval={value!r}): expected a time as 'DD:HH:MM:SS', a datetime.timedelta, or "
-        "a dict of its arguments such as {'minutes': 30}."
-    )
 
 
 def batches_between(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 
 from holdfast.utilities.combined_loader import length_of
@@ -33,8 +34,6 @@ def has_len_all_ranks(
     Raises:
         RuntimeError: it is empty on some processes and not on others.
     """
-    import torch
-
     length = sized_len(dataloader)
     if length is None:
         return False

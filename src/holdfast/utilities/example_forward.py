@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from holdfast.utilities.nested import move_to_device
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -47,9 +49,9 @@ def sizes_of_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[s
         for name, layer in layers.items():
             if not isinstance(layer, torch.jit.ScriptModule):
                 stack.enter_context(_hooked(layer, recorder(name)))
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(unchanged(model))
         stack.enter_context(torch.no_grad())
-        example = _moved(example, getattr(model, "device", torch.device("cpu")))
+        example = move_to_device(example, getattr(model, "device", torch.device("cpu")))
         precision = getattr(getattr(model, "_trainer", None), "precision_plugin", None)
         if precision is not None:
             example = precision.convert_input(example)
@@ -83,7 +85,8 @@ def _hooked(layer: nn.Module, hook: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Run a block in which the model may be called; then modes, buffers and random numbers are as before."""
     import torch
 
     from holdfast.utilities.seed import isolate_rng
@@ -106,12 +109,3 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer
             for module, mode in modes:
                 module.training = mode
-
-
-def _moved(data: Any, device: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _moved(value, device) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        items = [_moved(item, device) for item in data]
-        return type(data)(*items) if hasattr(data, "_fields") else type(data)(items)
-    return data.to(device) if hasattr(data, "to") else data

@@ -64,6 +64,12 @@ def _current_rank() -> int:
 
 
 @rank_zero_only
+def rank_zero_debug(message: object, *args: Any, **kwargs: Any) -> None:
+    """Log to the ``holdfast`` logger, once per job, what only its level DEBUG lets through."""
+    logger.debug(message, *args, **kwargs)
+
+
+@rank_zero_only
 def rank_zero_info(message: str) -> None:
     """Log one line at INFO on rank 0."""
     logger.info(message)

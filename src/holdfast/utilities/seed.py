@@ -72,6 +72,28 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
         restore(state)
 
 
+def seed_generators(seed: int) -> None:
+    """Seed Python's, torch's CPU and NumPy's generator (if loaded) from one 64-bit number."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextlib.contextmanager
+def apart(seed: int) -> Iterator[None]:
+    """Run a block on generators of its own, GPUs' included, seeded with ``seed``; then restore the run's."""
+    state = capture()
+    seed_generators(seed)
+    if "cuda" in state:
+        torch.cuda.manual_seed_all(seed)
+    try:
+        yield
+    finally:
+        restore(state)
+
+
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
     """Seed Python, NumPy and torch (CPU and every GPU) and return the seed.
 

@@ -11,9 +11,7 @@ class PossibleUserWarning(UserWarning):
 
 def disable_possible_user_warnings(module: str = "") -> None:
     """Show no `PossibleUserWarning` from now on; ``module`` is a regular expression for where they point."""
-    warnings.simplefilter("ignore", PossibleUserWarning) if not module else warnings.filterwarnings(
-        "ignore", module=module, category=PossibleUserWarning
-    )
+    warnings.filterwarnings("ignore", module=module, category=PossibleUserWarning)
 
 
 __all__ = ["PossibleUserWarning", "disable_possible_user_warnings"]
