@@ -27,6 +27,15 @@ def test_only_overridden_hooks_are_used() -> None:
     assert not Checkpoint().uses_hook("on_train_batch_end")
 
 
+def test_logging_outside_of_a_run_is_said() -> None:
+    class LogsTooEarly(Callback):
+        pass
+
+    message = r"^LogsTooEarly\.log\('a'\) was called outside of a run; the value is not kept\.$"
+    with pytest.warns(UserWarning, match=message):
+        LogsTooEarly().log("a", 1.0)
+
+
 def test_defaults() -> None:
     class Outer:
         class Mine(Callback):

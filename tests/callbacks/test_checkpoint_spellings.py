@@ -145,3 +145,17 @@ def test_a_subclass_takes_them_too_and_the_signature_is_todays() -> None:
         assert Mine(period=4).every_n_epochs == 4  # type: ignore[call-arg]
     assert "period" not in inspect.signature(ModelCheckpoint).parameters
     assert "every_n_epochs" in inspect.signature(ModelCheckpoint).parameters
+
+
+@pytest.mark.parametrize("monitor", [None, "train_loss"])
+def test_the_default_of_save_top_k_in_1_0(tmp_path: Path, monitor: str | None) -> None:
+    class Logged(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            self.log("train_loss", loss)
+            return loss
+
+    callback = ModelCheckpoint(tmp_path, save_top_k=None, monitor=monitor)
+    trainer(max_epochs=2, callbacks=[callback]).fit(Logged(), rows())
+    assert callback.save_top_k == 1
+    assert checkpoints(tmp_path) == ["epoch=1-step=6.ckpt"]

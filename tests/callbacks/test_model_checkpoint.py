@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -418,6 +419,25 @@ def test_format_checkpoint_name_and_to_yaml(tmp_path: Path) -> None:
     callback.to_yaml()
     written = yaml.safe_load((tmp_path / "best_k_models.yaml").read_text())
     assert written == {str(tmp_path / "epoch=0-step=6.ckpt"): 0.5}
+
+
+def test_to_yaml_on_a_full_disk_leaves_the_file_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    callback = run(tmp_path, [0.5], monitor="val_loss")
+    callback.to_yaml()
+    path = tmp_path / "best_k_models.yaml"
+    before = path.read_bytes()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StorageError, match="^Could not write .* is untouched"),
+    ):
+        patch.setattr(os, "write", full)
+        callback.to_yaml()
+    assert path.read_bytes() == before and len(list(tmp_path.glob(".*"))) == 0
 
 
 def test_check_monitor_top_k(tmp_path: Path) -> None:

@@ -67,6 +67,18 @@ def test_writes_when_it_said(interval: Any, names: list[str], keep: bool, tmp_pa
         assert predictions.tolist() == indices
 
 
+@pytest.mark.parametrize(
+    ("interval", "called"), [("epoch", "on_predict_batch_end"), ("batch", "on_predict_epoch_end")]
+)
+def test_a_hook_that_a_subclass_takes_is_called_whatever_is_written(
+    interval: Any, called: str, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    taking = type("Taking", (Files,), {called: lambda self, *args, **kwargs: calls.append(called)})
+    trainer(callbacks=taking(tmp_path, interval)).predict(Predicts(), rows(6))
+    assert calls == [called] * (2 if interval == "epoch" else 1)
+
+
 def test_data_without_rows_has_no_indices(tmp_path: Path) -> None:
     class Stream(IterableDataset[Tensor]):
         def __iter__(self) -> Any:

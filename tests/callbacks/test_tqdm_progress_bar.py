@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import sys
@@ -12,6 +13,7 @@ import pytest
 import tqdm
 
 from holdfast.callbacks import ModelCheckpoint
+from holdfast.callbacks.lines_above import LinesAbove
 from holdfast.callbacks.progress.tqdm_progress import Tqdm
 from holdfast.callbacks.tqdm_progress_bar import TQDMProgressBar
 from holdfast.errors import ConfigError
@@ -200,6 +202,19 @@ def test_lines_go_above_the_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) 
         "no end of linein validation",
         "Epoch 0: 100%",
     ]
+
+
+def test_the_streams_are_back_even_if_the_terminal_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch)
+    lines = LinesAbove(contextlib.nullcontext, lambda: False)
+    lines.start()
+    print("no end of line", end="")
+    with monkeypatch.context() as gone:
+        gone.setattr(terminal.file, "write", None)
+        with pytest.raises(TypeError):
+            lines.stop()
+    assert sys.stdout is sys.stderr is terminal.file
+    terminal.close()
 
 
 @pytest.mark.parametrize("stage", ["train", "validate"])

@@ -33,6 +33,14 @@ def test_intervals(
     assert resolve_intervals(*given_intervals) == resolved
 
 
+def test_a_time_is_not_negative() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_intervals(None, None, -1.0)
+    assert str(caught.value) == (
+        "ModelCheckpoint(train_time_interval=...) is negative: give a positive timedelta."
+    )
+
+
 def test_intervals_exclude_each_other() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_intervals(1, 1, None)

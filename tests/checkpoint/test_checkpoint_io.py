@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -63,6 +65,21 @@ class TestTorch:
         io.remove_checkpoint(path)
         io.remove_checkpoint(path)
         assert list(path.parent.iterdir()) == []
+
+    def test_what_cannot_be_deleted_is_said(self, tmp_path: Path) -> None:
+        (tmp_path / "a.ckpt").mkdir()
+        with pytest.raises(StorageError) as refused:
+            TorchCheckpointIO().remove_checkpoint(tmp_path / "a.ckpt")
+        assert str(refused.value) == (
+            f"Could not delete {tmp_path / 'a.ckpt'}: Is a directory. Choose another name: a directory has "
+            "this one."
+        )
+
+    def test_what_is_left_out_is_said(self, tmp_path: Path) -> None:
+        io = TorchCheckpointIO()
+        with pytest.warns(UserWarning, match=r"^step is not in the checkpoint: "):
+            io.save_checkpoint({"step": lambda: 0, "lr": 1}, tmp_path / "a.ckpt")
+        assert io.load_checkpoint(tmp_path / "a.ckpt")["lr"] == 1
 
     def test_takes_no_storage_options(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as refused:
@@ -135,6 +152,23 @@ class TestAsync:
             io.teardown()
         assert inner.done == [("torn down", "")]
 
+    def test_an_interrupt_while_waiting_does_not_swallow_the_error(
+        self, gated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(future: Any, timeout: Any = None) -> None:
+            raise KeyboardInterrupt
+
+        io, inner = gated
+        inner.fails = True
+        io.save_checkpoint({}, tmp_path / "a.ckpt")
+        with monkeypatch.context() as patch:
+            patch.setattr(Future, "exception", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                io.wait()
+        inner.gate.set()
+        with pytest.raises(StorageError, match="a.ckpt: the disk is full"):
+            io.teardown()
+
     def test_one_save_is_in_flight(self, gated: Any, tmp_path: Path) -> None:
         io, inner = gated
         io.save_checkpoint({}, tmp_path / "0.ckpt")
@@ -168,6 +202,22 @@ class TestPointInTime:
         inner = [1]
         copied = PointInTime().of({"a": inner, "b": inner})
         assert copied["a"] is copied["b"] is not inner
+
+    def test_views_of_one_array_in_either_order(self) -> None:
+        array = numpy.arange(1000.0)
+        views = {"begins": torch.from_numpy(array[:4]), "whole": torch.from_numpy(array)}
+        for names in (["begins", "whole"], ["whole", "begins"]):
+            copied = PointInTime().of({name: views[name] for name in names})
+            for name in names:
+                assert torch.equal(copied[name], views[name]), name
+
+    def test_tensors_that_are_more_than_their_memory(self) -> None:
+        conjugate = torch.tensor([1 + 2j, 3 - 1j]).conj()
+        negative = conjugate.imag
+        assert conjugate.is_conj() and negative.is_neg()
+        copied = PointInTime().of([conjugate, negative])
+        assert torch.equal(copied[0], torch.tensor([1 - 2j, 3 + 1j]))
+        assert torch.equal(copied[1], torch.tensor([-2.0, 1.0]))
 
     def test_tensors_of_every_kind(self) -> None:
         kinds = {

@@ -160,6 +160,26 @@ def test_the_old_format_from_a_big_endian_machine(tmp_path: Path) -> None:
     assert str(caught.value) == "a.ckpt was written on a big-endian machine."
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["x"], "a.ckpt cannot be read: it has a storage 'x' that nothing refers to."),
+        ([], "a.ckpt cannot be read: there is no storage '{key}'."),
+    ],
+)
+def test_the_old_format_whose_storages_are_others(keys: list[str], message: str, tmp_path: Path) -> None:
+    path, tensor = tmp_path / "a.ckpt", torch.ones(3)
+    torch.save({"w": tensor}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    key = str(tensor.untyped_storage()._cdata)
+    before = pickle.dumps([key], 2)
+    assert whole.count(before) == 1
+    path.write_bytes(whole.replace(before, pickle.dumps(keys, 2)))
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    assert str(caught.value) == message.format(key=key)
+
+
 @pytest.mark.parametrize("name", ["memo", "bytes", "frame", "long", "string", "number", "set function"])
 def test_the_old_format_that_asks_for_absurd_things(name: str, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)

@@ -218,6 +218,23 @@ def test_rows_that_were_lost_are_said(tmp_path: Path) -> None:
     assert text(second) == "a,step\n1.0,0\n3.0,2\n"
 
 
+def test_a_file_that_is_gone_is_said(tmp_path: Path) -> None:
+    first = CSVLogger(tmp_path)
+    first.log_metrics({"a": 1.0}, step=0)
+    state = first.state_dict()
+    os.remove(first.experiment.metrics_file_path)
+    second = CSVLogger(tmp_path, version=0)
+    second.load_state_dict(state)
+    second.log_metrics({"a": 2.0}, step=1)
+    with pytest.warns(UserWarning) as warned:  # noqa: PT030 - the whole message is below
+        second.save()
+    path = second.experiment.metrics_file_path
+    assert [str(one.message) for one in warned] == [
+        f"{path} is gone: its 1 rows from before the resume are missing."
+    ]
+    assert text(second) == "a,step\n2.0,1\n"
+
+
 def test_hyperparameters_are_plain_yaml(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_hyperparams(
@@ -283,8 +300,9 @@ def test_rows_survive_a_resume_in_which_nothing_was_logged(tmp_path: Path) -> No
     assert text(third) == "a,step\n1.0,0\n2.0,1\n"
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_append_leaves_whole_rows_and_keeps_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logger = CSVLogger(tmp_path)
     logger.log_metrics({"a": 1.0}, step=0)
@@ -294,11 +312,11 @@ def test_a_failed_append_leaves_whole_rows_and_keeps_the_others(
 
     def half(descriptor: int, data: Any) -> int:
         write(descriptor, bytes(data)[:3])
-        raise OSError(28, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", half)
-        with pytest.raises(StorageError, match="No space left on device"):
+        with pytest.raises((StorageError, KeyboardInterrupt), match="No space left on device|^$"):
             logger.save()
     assert text(logger) == "a,step\n1.0,0\n"
     logger.save()

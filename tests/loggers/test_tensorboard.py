@@ -348,6 +348,22 @@ class TestResume:
         assert series(first.log_dir) == {"a": [(0, 1.0), (1, 2.0)]}
         assert series(second.log_dir) == {"a": [(1, 3.0)]}
 
+    def test_runs_below_a_run_without_a_version_are_left_alone(self, tmp_path: Path) -> None:
+        first = TensorBoardLogger(tmp_path, version="")
+        first.log_metrics({"a": 1.0}, step=0)
+        state = first.state_dict()
+        first.experiment.add_scalars("both", {"x": 1.0}, 1)
+        first.finalize("failed")
+        other = TensorBoardLogger(tmp_path)
+        other.log_metrics({"b": 2.0}, step=0)
+        other.finalize("success")
+        assert Path(other.log_dir).parent == Path(first.log_dir)
+        second = TensorBoardLogger(tmp_path, version="")
+        second.load_state_dict(state)
+        second.log_metrics({"a": 3.0}, step=1)
+        second.finalize("success")
+        assert series(second.log_dir) == {"a": [(0, 1.0), (1, 3.0)], "version_0:b": [(0, 2.0)]}
+
     def test_a_version_that_was_moved_is_gone_on_in(self, tmp_path: Path) -> None:
         first = TensorBoardLogger(tmp_path)
         first.log_metrics({"a": 1.0}, step=0)

@@ -144,6 +144,8 @@ class TestAdvanced:
         step = pstats.Stats(str(next(tmp_path.glob("*SingleDeviceStrategy.training_step.prof"))))
         found = {name: calls for (_, _, name), (calls, *_) in step.stats.items()}  # type: ignore[attr-defined]
         assert found["loss"] == 2
+        (source,) = {file for file, _, name in step.stats if name == "loss"}  # type: ignore[attr-defined]
+        assert Path(source).is_file(), "a viewer opens it"
         around = pstats.Stats(str(next(tmp_path.glob("*run_training_epoch.prof"))))
         found = {name: calls for (_, _, name), (calls, *_) in around.stats.items()}  # type: ignore[attr-defined]
         assert found["loss"] == 2, "what ran in an action inside counts for the one around it"
@@ -168,6 +170,25 @@ class TestPyTorch:
         assert len(traces) == 1
         assert '"aten::addmm"' in traces[0].read_text()
         assert run.profiler.profiler is None
+
+    def test_a_run_that_is_over_before_its_schedule_begins(self, tmp_path: Path) -> None:
+        profiler = PyTorchProfiler(tmp_path, schedule=torch.profiler.schedule(wait=100, warmup=1, active=1))
+        run, model = trainer(profiler=profiler), Busy()
+        message = (
+            r"^PyTorchProfiler recorded nothing: the run was over before its schedule= came to a step that is "
+            r"recorded\.$"
+        )
+        with pytest.warns(UserWarning, match=message):
+            run.fit(model, rows(8))
+        assert run.state.finished and list(tmp_path.iterdir()) == []
+
+    def test_labels_for_a_gpu_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(pl.ConfigError) as refused:
+            trainer(profiler=PyTorchProfiler(emit_nvtx=True)).fit(Busy(), rows(8))
+        assert str(refused.value) == (
+            "PyTorchProfiler(emit_nvtx=True) labels what a GPU does: torch sees none here."
+        )
 
     def test_a_column_that_there_is_not(self) -> None:
         with pytest.raises(pl.ConfigError) as refused:

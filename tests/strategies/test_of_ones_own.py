@@ -93,6 +93,58 @@ def test_restoring(tmp_path: Path) -> None:
     assert called == ["load_checkpoint", "load_optimizer_state_dict"]
 
 
+def test_loading_weights(tmp_path: Path) -> None:
+    loaded: list[Any] = []
+
+    class Loads(SingleDeviceStrategy):
+        def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+            loaded.append((sorted(checkpoint["state_dict"]), strict))
+            super().load_model_state_dict(checkpoint, strict=strict)
+
+    class Validated(Toy):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    model, made = Validated(), trainer()
+    made.fit(model, rows(4))
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    other = Validated()
+    other.strict_loading = False
+    run = trainer(accelerator="auto", strategy=Loads("cpu"))
+    run.validate(other, rows(4), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert loaded == [(["layer.bias", "layer.weight"], False)]
+    assert torch.equal(other.layer.weight, model.layer.weight)
+
+
+def test_a_loader_is_wrapped_once(tmp_path: Path) -> None:
+    given: list[int] = []
+
+    class Wrapper:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def __len__(self) -> int:
+            return len(self.loader)
+
+        def __iter__(self) -> Any:
+            return iter(self.loader)
+
+    class Wraps(SingleDeviceStrategy):
+        def process_dataloader(self, dataloader: Any) -> Any:
+            given.append(len(dataloader))
+            return Wrapper(dataloader)
+
+    class Validated(Toy):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+
+    made = trainer(accelerator="auto", strategy=Wraps("cpu"), max_epochs=2)
+    model = Validated()
+    made.fit(model, rows(12), [rows(8), rows(4), Wrapper(rows(4))])
+    assert sorted(given) == [1, 1, 2, 3]
+    assert type(made.train_dataloader) is Wrapper
+    assert model.seen == [*range(12), *range(12)]
+    assert made.strategy.handles_gradient_accumulation is False
+
+
 def test_optimizers_may_be_left_alone(tmp_path: Path) -> None:
     class Leaves(SingleDeviceStrategy):
         @property

@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import holdfast as pl
-from holdfast.callbacks import Callback
-from tests.training.toys import Toy, rows, trainer
+from holdfast.callbacks import Callback, ModelCheckpoint
+from holdfast.loggers import CSVLogger
+from tests.training.toys import Toy, checkpoints, rows, trainer
 
 
 class Scheduled(Toy):
@@ -106,3 +107,43 @@ def test_a_state_key_of_ones_own() -> None:
             return self._generate_state_key(what="a")
 
     assert Mine().state_key == f"{Mine.__qualname__}{{'what': 'a'}}"
+
+
+class Failing(Callback):
+    """Fails when it hears of the exception."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        raise OSError("no line to the pager")
+
+
+class FailingLogger(CSVLogger):
+    """Fails when it is closed."""
+
+    def finalize(self, status: str) -> None:
+        raise OSError("no line to the server")
+
+
+def test_who_fails_to_hear_of_an_exception_keeps_nobody_else_from_it(tmp_path: Path) -> None:
+    class Breaking(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("a", 1.0)
+            if self.global_step == 2:
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+    saving = ModelCheckpoint(tmp_path / "kept", save_on_exception=True)
+    kept = CSVLogger(tmp_path / "logs", version=0)
+    run = trainer(
+        callbacks=[Failing(), saving], logger=[FailingLogger(tmp_path / "other"), kept], log_every_n_steps=1
+    )
+    with (
+        pytest.warns(UserWarning, match="The run ended") as said,
+        pytest.raises(RuntimeError, match="broken"),
+    ):
+        run.fit(Breaking(), rows())
+    assert [str(one.message) for one in said] == [
+        "The run ended with RuntimeError, and Failing.on_exception failed: no line to the pager",
+        "The run ended with RuntimeError, and FailingLogger.finalize failed: no line to the server",
+    ]
+    assert checkpoints(tmp_path / "kept") == ["epoch=0-step=2.ckpt"]
+    assert len((tmp_path / "logs/lightning_logs/version_0/metrics.csv").read_text().splitlines()) == 3

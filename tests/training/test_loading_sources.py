@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
+import os
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +131,95 @@ def test_through_fsspec(lit: Path) -> None:
     with pytest.raises(pl.ConfigError) as unknown:
         LitModel.load_from_checkpoint("nowhere://models/lit.ckpt")
     assert str(unknown.value) == "fsspec cannot read from nowhere://: Protocol not known: nowhere"
+
+
+def test_a_remote_file_that_is_shorter_than_it_says(lit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/models/lit.ckpt", lit.read_bytes()[:1000])
+    monkeypatch.setattr(type(memory), "size", lambda self, path: 2000)
+    with pytest.raises(pl.StorageError) as refused:
+        load("memory://models/lit.ckpt")
+    assert str(refused.value) == (
+        "memory://models/lit.ckpt: the connection ended after 1000 of 2000 bytes. Nothing was loaded; try "
+        "again."
+    )
+
+
+def test_a_url_without_the_package_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(pl.ConfigError) as refused:
+        load("s3://bucket/a.ckpt")
+    assert str(refused.value) == (
+        "Reading from s3:// needs the package fsspec, which is not installed: pip install fsspec"
+    )
+
+
+def test_a_file_object_that_gives_text() -> None:
+    class Text:
+        def read(self, size: int) -> str:
+            return "x"
+
+    text: Any = Text()
+    with pytest.raises(pl.ConfigError) as refused:
+        load(text)
+    assert str(refused.value) == "<Text> gives text; a checkpoint is bytes: open it with mode 'rb'."
+
+
+@pytest.mark.parametrize("kind", ["url", "fsspec", "file object"])
+def test_a_disk_without_room_for_the_copy(
+    kind: str, lit: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fsspec.filesystem("memory").pipe("/models/lit.ckpt", lit.read_bytes())
+    sources: dict[str, Any] = {
+        "url": server.put("/lit.ckpt?key=secret", lit.read_bytes()),
+        "fsspec": "memory://models/lit.ckpt",
+        "file object": io.BytesIO(lit.read_bytes()),
+    }
+    names = {
+        "url": f"{server.url}/lit.ckpt",
+        "fsspec": "memory://models/lit.ckpt",
+        "file object": "<BytesIO>",
+    }
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(pl.StorageError) as refused:
+        patch.setattr(os, "write", full)
+        LitModel.load_from_checkpoint(sources[kind])
+    assert str(refused.value) == (
+        f"{names[kind]} cannot be copied to {tmp_path} to be read: No space left on device. Nothing was "
+        "loaded. Set TMPDIR to a directory with room for it, or copy it to a file of this machine."
+    )
+
+
+def test_no_directory_for_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(pl.StorageError) as refused:
+        load(io.BytesIO())
+    assert str(refused.value).startswith(
+        f"<BytesIO> cannot be copied to {tmp_path / 'gone'} to be read: No such file or directory."
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "http://me:secret@localhost/a.ckpt?key=secret",
+            "http://localhost/a.ckpt was given with a user name or a password, which is not sent: leave it "
+            "out, or download the file first.",
+        ),
+        (
+            "http://localhost/a b.ckpt?key=secret",
+            "http://localhost/a b.ckpt is not a valid address: write a space as %20.",
+        ),
+    ],
+)
+def test_an_address_that_is_none_does_not_show_its_secrets(address: str, message: str) -> None:
+    with pytest.raises(pl.ConfigError) as refused:
+        load(address)
+    assert str(refused.value) == message
 
 
 def test_a_file_url_is_a_path(lit: Path) -> None:

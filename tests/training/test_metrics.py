@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,64 @@ class TestViews:
 
         assert logged(Measured(), max_epochs=2) == {"mean": 11.0}
 
+    @pytest.mark.parametrize(
+        ("arguments", "expected", "warnings"),
+        [
+            ({"on_epoch": True}, {"mean": 1.0, "mean_epoch": 1.0}, []),
+            (
+                {},
+                {},
+                [
+                    "self.log('mean', metric): the metric was given its values by update(), so there is none of "
+                    "this step. Log it with on_epoch=True, or call the metric instead."
+                ],
+            ),
+        ],
+    )
+    def test_a_torchmetrics_object_that_is_updated_is_not_computed_at_every_step(
+        self, arguments: dict[str, Any], expected: dict[str, float], warnings: list[str], recwarn: Any
+    ) -> None:
+        torchmetrics = pytest.importorskip("torchmetrics")
+        computed: list[int] = []
+
+        class Mean(torchmetrics.MeanMetric):  # type: ignore[misc, name-defined]
+            def compute(self) -> Tensor:
+                computed.append(1)
+                return super().compute()
+
+        class Measured(Toy):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mean = Mean()
+
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                self.mean.update(float(batch_idx))
+                self.log("mean", self.mean, **arguments)
+                return self.loss(batch)
+
+        assert logged(Measured()) == expected
+        assert len(computed) == len(expected) // 2
+        assert [str(one.message) for one in recwarn] == warnings
+
+    def test_whole_numbers_and_truth_are_seen_as_floating_numbers(self, tmp_path: Path) -> None:
+        class Kinds(Toy):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                kinds = {"yes": True, "int": 2, "double": torch.tensor(0.5, dtype=torch.float64)}
+                self.log_dict({name: torch.as_tensor(value) for name, value in kinds.items()})
+                return self.loss(batch)
+
+        run = trainer(logger=pl.loggers.CSVLogger(tmp_path, name="", version=""), log_every_n_steps=3)
+        run.fit(Kinds(), rows())
+        assert {name: value.dtype for name, value in run.callback_metrics.items()} == {
+            "yes": torch.float32,
+            "int": torch.float32,
+            "double": torch.float64,
+        }
+        header, row = (tmp_path / "metrics.csv").read_text().splitlines()
+        assert dict(zip(header.split(","), row.split(","), strict=True)) == {
+            "yes": "1.0", "int": "2.0", "double": "0.5", "epoch": "0", "step": "2",
+        }  # fmt: skip
+
     def test_log_dict_and_versions_that_tell_new_values_from_old(self) -> None:
         versions = []
 
@@ -114,6 +173,60 @@ class TestViews:
 
         assert set(logged(Many(), max_epochs=3)) == {"a", "b"}
         assert versions == [0, 1, 2]
+
+
+class TestBeforeTheFirstBatch:
+    def test_what_is_logged_when_training_starts_is_there_from_then_on(self) -> None:
+        seen: list[Any] = []
+
+        class Starts(Toy):
+            def on_train_start(self) -> None:
+                self.log("size", 5.0, prog_bar=True)
+                self.log("hidden", 6.0, logger=False)
+
+            def on_train_epoch_start(self) -> None:
+                run = self.trainer
+                seen.append((dict(run.callback_metrics), dict(run.logged_metrics), run.progress_bar_metrics))
+                seen.append(run.metric_versions)
+
+        run = trainer()
+        run.fit(Starts(), rows())
+        # Nothing is new about them before the epoch ends: a value is ranked once.
+        assert seen == [({"size": 5.0, "hidden": 6.0}, {"size": 5.0}, {"size": 5.0}), {}]
+        assert run.callback_metrics == {"size": 5.0, "hidden": 6.0}
+        assert run.metric_versions == {"size": 1, "hidden": 1}
+
+    def test_a_resume_counts_them_once(self, tmp_path: Path) -> None:
+        class Starts(Toy):
+            def on_train_start(self) -> None:
+                self.log("size", 5.0, reduce_fx="sum")
+
+        saves = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2)
+        trainer(callbacks=[saves]).fit(Starts(), rows())
+        run = trainer(callbacks=[saves])
+        run.fit(Starts(), rows(), ckpt_path=tmp_path / "epoch=0-step=2.ckpt")
+        assert run.callback_metrics == {"size": 5.0}
+
+    def test_the_sanity_check_shows_its_values_until_it_ends(self) -> None:
+        seen: list[Any] = []
+
+        class Asks(pl.Callback):
+            def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+                seen.append(
+                    (set(trainer.callback_metrics), set(trainer.logged_metrics), trainer.progress_bar_metrics)
+                )
+
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                views = (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
+                seen.append((*views, trainer.metric_versions))
+
+        class Validated(Toy):
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                self.log("v", 1.0, prog_bar=True, on_step=True, on_epoch=True)
+
+        trainer(callbacks=[Asks()]).fit(Validated(), rows(), rows())
+        both = {"v_step": 1.0, "v_epoch": 1.0}
+        assert seen == [({"v", "v_epoch"}, set(both), both), ({}, {}, {}, {})]
 
 
 class TestRefusals:

@@ -13,7 +13,7 @@ from holdfast.callbacks import lineage
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.callbacks.checkpoint_view import View, rank, worst_score
 from holdfast.callbacks.save_line import save_line
-from holdfast.checkpoint import catalog
+from holdfast.checkpoint import catalog, commit
 from holdfast.checkpoint.checkpoint_io import writes_own_format
 from holdfast.checkpoint.retention import Found, left_behind
 from holdfast.errors import ConfigError
@@ -239,8 +239,9 @@ class KeptCheckpoints(Checkpoint):
         import yaml
 
         path = os.path.join(self.dirpath or "", "best_k_models.yaml") if filepath is None else filepath
-        with open(path, "w", encoding="utf-8") as file:
-            yaml.safe_dump({name: score.item() for name, score in self.best_k_models.items()}, file)
+        text = yaml.safe_dump({name: score.item() for name, score in self.best_k_models.items()})
+        with commit.replacing(os.fspath(path)) as replacement:
+            commit.write_all(replacement.fd, text.encode())
 
     def _claims(self, trainer: Trainer, step: int) -> lineage.Claims:
         others = (one for one in trainer.checkpoint_callbacks if isinstance(one, KeptCheckpoints))

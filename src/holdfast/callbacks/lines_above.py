@@ -43,11 +43,12 @@ class LinesAbove:
 
     def stop(self) -> None:
         """Put the streams back, with what was written to them and had no end of line yet."""
-        for name, lines in self._streams.items():
-            lines.finish()
+        streams, self._streams = self._streams, {}
+        for name, lines in streams.items():
             if getattr(sys, name) is lines:
                 setattr(sys, name, lines.stream)
-        self._streams = {}
+        for lines in streams.values():  # a terminal that is gone raises here
+            lines.finish()
 
 
 class _Lines:

@@ -49,7 +49,7 @@ class ModelCheckpoint(NamedCheckpoints):
         verbose: Say also what was not saved, and why.
         save_last: Keep the newest save under the name ``last`` too; it shares its bytes with the other
             name where the file system allows it. "link" is accepted and means the same.
-        save_top_k: How many of the best to keep; -1 for all, 0 for none.
+        save_top_k: How many of the best to keep; -1 for all, 0 for none. None, the default of 1.0, is 1.
         save_on_exception: When an exception ends the run, save what was trained since the last save, under
             a name that no other file has.
         save_weights_only: Leave out everything that only resuming needs.
@@ -76,7 +76,7 @@ class ModelCheckpoint(NamedCheckpoints):
         monitor: str | None = None,
         verbose: bool = False,
         save_last: bool | Literal["link"] | None = None,
-        save_top_k: int = 1,
+        save_top_k: int | None = 1,
         save_on_exception: bool = False,
         save_weights_only: bool = False,
         mode: str = "min",
@@ -87,6 +87,7 @@ class ModelCheckpoint(NamedCheckpoints):
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
     ) -> None:
+        save_top_k = 1 if save_top_k is None else save_top_k
         super().__init__(
             None if dirpath is None else local_directory(dirpath, "ModelCheckpoint"),
             monitor,

@@ -58,11 +58,13 @@ class BasePredictionWriter(Callback):
         self.interval = WriteInterval(write_interval)
 
     def uses_hook(self, name: str) -> bool:
-        """Leave out the moment at which nothing is written."""
-        if name == "on_predict_batch_end":
-            return self.interval.on_batch
-        if name == "on_predict_epoch_end":
-            return self.interval.on_epoch
+        """Leave out the moment at which nothing is written, unless a subclass has taken the hook itself."""
+        for hook, writes in (
+            ("on_predict_batch_end", self.interval.on_batch),
+            ("on_predict_epoch_end", self.interval.on_epoch),
+        ):
+            if name == hook and getattr(type(self), hook) is getattr(BasePredictionWriter, hook):
+                return writes
         return super().uses_hook(name)
 
     def write_on_batch_end(

@@ -186,6 +186,16 @@ class TQDMProgressBar(ProgressBar):
         if not trainer.sanity_checking:
             self.val_progress_bar = self.init_validation_tqdm()
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the bar."""
+        self._begin()
+        self.test_progress_bar = self.init_test_tqdm()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the bar."""
+        self._begin()
+        self.predict_progress_bar = self.init_predict_tqdm()
+
     def on_validation_batch_start(
         self,
         trainer: Trainer,
@@ -196,84 +206,10 @@ class TQDMProgressBar(ProgressBar):
     ) -> None:
         """Begin anew with every loader."""
         if self.has_dataloader_changed(dataloader_idx):
-            sanity = trainer.sanity_checking
-            name = self.sanity_check_description if sanity else self.validation_description
-            total = self.total_val_batches_current_dataloader
-            _restart(self.val_progress_bar, f"{name} DataLoader {dataloader_idx}", total)
+            name, total = self._loader(trainer)
+            _restart(self._evaluation_bar(trainer), f"{name} DataLoader {dataloader_idx}", total)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Move the bar, if it is time."""
-        self._move_evaluation(self._val_progress_bar, batch_idx + 1)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the bar away inside of fit, and show the new values behind the training bar."""
-        self._end_evaluation(self.val_progress_bar)
-        if trainer.state.fn == "fit" and self._train_progress_bar is not None:
-            self._train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the bar."""
-        self._begin()
-        self.test_progress_bar = self.init_test_tqdm()
-
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Begin anew with every loader."""
-        if self.has_dataloader_changed(dataloader_idx):
-            total = self.total_test_batches_current_dataloader
-            name = f"{self.test_description} DataLoader {dataloader_idx}"
-            _restart(self.test_progress_bar, name, total)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Move the bar, if it is time."""
-        self._move_evaluation(self._test_progress_bar, batch_idx + 1)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the bar as it is."""
-        self._end_evaluation(self.test_progress_bar)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the bar."""
-        self._begin()
-        self.predict_progress_bar = self.init_predict_tqdm()
-
-    def on_predict_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Begin anew with every loader."""
-        if self.has_dataloader_changed(dataloader_idx):
-            total = self.total_predict_batches_current_dataloader
-            name = f"{self.predict_description} DataLoader {dataloader_idx}"
-            _restart(self.predict_progress_bar, name, total)
-
-    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -283,11 +219,27 @@ class TQDMProgressBar(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Move the bar, if it is time."""
-        self._move_evaluation(self._predict_progress_bar, batch_idx + 1)
+        self._evaluated = done = batch_idx + 1
+        bar = self._evaluation_bar(trainer)
+        if not self._enabled or (done % self._refresh_rate and done != bar.total):
+            return
+        if self._move(bar, done):
+            bar.refresh()
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away inside of fit, and show the new values behind the training bar."""
+        self._end_evaluation(self.val_progress_bar)
+        if trainer.state.fn == "fit" and self._train_progress_bar is not None:
+            self._train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the bar as it is."""
-        self._end_evaluation(self.predict_progress_bar)
+        self._end_evaluation(self._evaluation_bar(trainer))
+
+    on_predict_end = on_test_end
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -348,12 +300,21 @@ class TQDMProgressBar(ProgressBar):
         self._draw_s = now_s + bar.mininterval
         return True
 
-    def _move_evaluation(self, bar: Any, done: int) -> None:
-        self._evaluated = done
-        if not self._enabled or (done % self._refresh_rate and done != bar.total):
-            return
-        if self._move(bar, done):
-            bar.refresh()
+    def _evaluation_bar(self, trainer: Trainer) -> Any:
+        fn = trainer.state.fn
+        if fn == "test":
+            return self.test_progress_bar
+        return self.predict_progress_bar if fn == "predict" else self.val_progress_bar
+
+    def _loader(self, trainer: Trainer) -> tuple[str, int | float]:
+        """What is being done, and how many batches the loader has that it is at."""
+        fn = trainer.state.fn
+        if fn == "test":
+            return self.test_description, self.total_test_batches_current_dataloader
+        if fn == "predict":
+            return self.predict_description, self.total_predict_batches_current_dataloader
+        name = self.sanity_check_description if trainer.sanity_checking else self.validation_description
+        return name, self.total_val_batches_current_dataloader
 
     def _end_evaluation(self, bar: Any) -> None:
         self.reset_dataloader_idx_tracker()

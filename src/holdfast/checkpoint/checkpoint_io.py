@@ -147,8 +147,9 @@ class AsyncCheckpointIO(CheckpointIO):
     def wait(self) -> None:
         """Return when everything so far is done; raise the first error that it met, once."""
         pending = [*([] if self._save is None else [self._save]), *self._deletions]
-        self._save, self._deletions = None, []
         errors = [error for error in (future.exception() for future in pending) if error is not None]
+        # Not before: who interrupts the waiting has not heard of an error yet.
+        self._save, self._deletions = None, []
         if errors:
             raise errors[0]
 

@@ -1,4 +1,4 @@
-"""Making a file durable, or leaving everything as it was: the only place in holdfast that renames.
+"""Making a file durable, or leaving everything as it was: the only place that renames over a file.
 
 A file is written under a temporary name beside its target, with a lock held on it, fsynced, renamed over the
 target, and the directory is fsynced. Until the rename the old file stands; after it the new one does; nothing

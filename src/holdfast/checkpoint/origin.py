@@ -11,12 +11,11 @@ import difflib
 import io
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias, cast
 
-from holdfast.checkpoint import catalog
+from holdfast.checkpoint import catalog, commit
 from holdfast.errors import (
     CheckpointError,
     CheckpointIncomplete,
@@ -74,7 +73,7 @@ def opened(source: Source) -> Iterator[Origin]:
         CheckpointNotFound: there is no such file, or the server says so.
         CheckpointIncomplete: it is a directory, a pipe or the like.
         ConfigError: it is none of the three, a file opened in text mode, or fsspec does not know the scheme.
-        StorageError: it cannot be fetched, or not whole.
+        StorageError: it cannot be fetched, or not whole, or there is no room to copy it to.
     """
     if hasattr(source, "read") and not isinstance(source, os.PathLike):
         with _whole_copy(source, title(source)) as file:
@@ -87,9 +86,8 @@ def opened(source: Source) -> Iterator[Origin]:
         )
     if is_url(source) and not str(source).startswith("file://"):
         url = str(source)
-        with tempfile.TemporaryFile(prefix="holdfast-") as file:
+        with _temporary(title(url)) as file:
             _fetch(url, file)
-            file.flush()
             yield Origin(title(url), file, local=False)
         return
     name = title(source)
@@ -137,6 +135,31 @@ def newest_beside(name: str) -> str:
     return ""
 
 
+# -- the copy ------------------------------------------------------------------------------------------------
+
+
+def _temporary(name: str) -> IO[bytes]:
+    try:
+        return cast("IO[bytes]", tempfile.TemporaryFile(prefix="holdfast-", buffering=0))
+    except OSError as error:
+        raise _no_room(name, error) from error
+
+
+def _put(piece: bytes, file: IO[bytes], name: str) -> None:
+    try:
+        commit.write_all(file.fileno(), piece)
+    except OSError as error:
+        raise _no_room(name, error) from error
+
+
+def _no_room(name: str, error: OSError) -> StorageError:
+    where = tempfile.tempdir or "the directory for temporary files"
+    return StorageError(
+        f"{name} cannot be copied to {where} to be read: {error.strerror}. Nothing was loaded. Set TMPDIR to "
+        "a directory with room for it, or copy it to a file of this machine."
+    )
+
+
 # -- file objects --------------------------------------------------------------------------------------------
 
 
@@ -146,12 +169,11 @@ def _whole_copy(source: Any, name: str) -> Iterator[IO[bytes]]:
         raise ConfigError(f"{name} is opened in text mode; a checkpoint is bytes: open it with mode 'rb'.")
     start = source.tell() if _seekable(source) else None
     try:
-        with tempfile.TemporaryFile(prefix="holdfast-") as file:
+        with _temporary(name) as file:
             while piece := source.read(_PIECE_BYTES):
                 if isinstance(piece, str):
                     raise ConfigError(f"{name} gives text; a checkpoint is bytes: open it with mode 'rb'.")
-                file.write(piece)
-            file.flush()
+                _put(piece, file, name)
             yield file
     finally:
         if start is not None:
@@ -181,8 +203,14 @@ def _fetch(url: str, into: IO[bytes]) -> None:
 def _download(url: str, into: IO[bytes]) -> None:
     import http.client
     import urllib.error
+    import urllib.parse
     import urllib.request
 
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise ConfigError(
+            f"{title(url)} was given with a user name or a password, which is not sent: leave it out, or "
+            "download the file first."
+        )
     request = urllib.request.Request(url, headers={"User-Agent": "holdfast"})
     expected: int | None = None
     try:
@@ -190,13 +218,15 @@ def _download(url: str, into: IO[bytes]) -> None:
             said = answer.headers.get("Content-Length")
             expected = int(said) if said is not None and said.isdigit() else None
             while piece := answer.read(_PIECE_BYTES):
-                into.write(piece)
+                _put(piece, into, title(url))
     except urllib.error.HTTPError as error:
         with error:
             text = f"{title(url)}: the server answers {error.code} {error.reason}."
         if error.code in (404, 410):
             raise CheckpointNotFound(f"There is no checkpoint at {text}") from None
         raise StorageError(f"{text} Nothing was loaded.") from None
+    except http.client.InvalidURL:  # whose text has the secrets of the address in it
+        raise ConfigError(f"{title(url)} is not a valid address: write a space as %20.") from None
     except (http.client.IncompleteRead, ConnectionError) as error:
         if not into.tell() and not isinstance(error, http.client.IncompleteRead):
             raise
@@ -227,7 +257,8 @@ def _through_fsspec(url: str, into: IO[bytes]) -> None:
         raise ConfigError(f"fsspec cannot read from {scheme}://: {error}") from error
     try:
         with system.open(path, "rb") as remote:
-            shutil.copyfileobj(remote, into, _PIECE_BYTES)
+            while piece := remote.read(_PIECE_BYTES):
+                _put(piece, into, title(url))
     except FileNotFoundError:
         raise CheckpointNotFound(f"There is no checkpoint {title(url)}.") from None
     expected = system.size(path)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class PointInTime:
-    """Copies of a checkpoint's values as they are now; what shares memory shares it in the copy too."""
+    """Copies of a checkpoint's values as they are now; what shares a storage shares it in the copy too."""
 
     def __init__(self) -> None:
-        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._storages: dict[tuple[int, int], torch.UntypedStorage] = {}
         self._memo: dict[int, Any] = {}
         self._alive: list[Any] = []
 
@@ -47,12 +47,15 @@ class PointInTime:
         tensor = tensor.detach()
         if tensor.layout is not torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
             return tensor.to("cpu", copy=True)
+        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:  # more than what its memory holds
+            return tensor.to("cpu", copy=True)
         try:
             storage = tensor.untyped_storage()
-            key = storage.data_ptr()
+            # NumPy's views give storages of several lengths at one address.
+            key = storage.data_ptr(), storage.nbytes()
         except RuntimeError:  # a tensor without memory of its own
             return tensor.to("cpu", copy=True)
-        if key == 0:
+        if key[0] == 0:
             return tensor.to("cpu", copy=True)
         copied = self._storages.get(key)
         if copied is None:

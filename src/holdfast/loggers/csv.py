@@ -236,10 +236,12 @@ def _append(path: str, text: str) -> None:
         size = os.fstat(descriptor).st_size
         try:
             commit.write_all(descriptor, text.encode())
-        except OSError as error:
+        except BaseException as error:
             # Half a row must not become the beginning of the next one.
             os.ftruncate(descriptor, size)
-            raise commit.storage_error(path, "append to", error) from error
+            if isinstance(error, OSError):
+                raise commit.storage_error(path, "append to", error) from error
+            raise
     finally:
         os.close(descriptor)
 

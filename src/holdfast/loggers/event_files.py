@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Mapping
 
 from holdfast.utilities.rank_zero import rank_zero_warn
 
 _MARK = "tfevents"
+_OTHER_RUN = re.compile(r"version_\d+")  # as `VersionedLogger` calls the directories of runs
 _LONGEST_WAIT_S = 2
 
 
 def sizes(directory: str) -> dict[str, int]:
-    """Return the size in bytes of each event file below ``directory``, by its path from there."""
+    """Return the size in bytes of each event file below ``directory``, by its path from there.
+
+    Below a run whose version is "" lie those of other runs, in ``version_N``, which are none of its own.
+    """
     found = {}
-    for place, _, names in os.walk(directory):
+    for place, below, names in os.walk(directory):
+        below[:] = [name for name in below if not _OTHER_RUN.fullmatch(name)]
         for name in names:
             if _MARK in name:
                 path = os.path.join(place, name)

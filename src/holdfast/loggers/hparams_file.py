@@ -6,7 +6,7 @@ is the same text in every process, so that a resumed run writes the very file th
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
 import re
 import sys
@@ -17,6 +17,7 @@ from typing import Any
 
 from holdfast.checkpoint import commit
 from holdfast.errors import ConfigError
+from holdfast.utilities.parsing import as_mapping
 
 NAME_HPARAMS_FILE = "hparams.yaml"
 
@@ -39,13 +40,13 @@ def named(params: Mapping[str, Any] | Namespace | None) -> dict[str, Any]:
     Raises:
         ConfigError: it has no names.
     """
-    found = _as_mapping(_without_library({} if params is None else params))
-    if not isinstance(found, Mapping):
+    found = as_mapping(_without_library({} if params is None else params))
+    if found is None:
         raise ConfigError(
             "log_hyperparams: expected a dict, Namespace, dataclass or OmegaConf config, found "
             f"{type(params).__name__}."
         )
-    return dict(found)
+    return found
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -64,11 +65,11 @@ def plain(value: Any, depth: int = 0) -> Any:
             return kind(value)
     if depth == _DEEPEST:
         return f"<{type(value).__name__}>"  # deeper than anybody reads; it may hold itself
-    value = _as_mapping(value)
-    if isinstance(value, Mapping):
+    mapping = as_mapping(value)
+    if mapping is not None:
         return {
             key if type(key) in (bool, int, float, str) else _text(key): plain(one, depth + 1)
-            for key, one in value.items()
+            for key, one in mapping.items()
         }
     if isinstance(value, list | tuple):
         return [plain(one, depth + 1) for one in value]
@@ -99,22 +100,12 @@ def _unicode(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _as_mapping(value: Any) -> Any:
-    if isinstance(value, Namespace):
-        return vars(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return value
-
-
 def _without_library(value: Any) -> Any:
     """Turn values of torch, NumPy and OmegaConf into Python's, without importing any of the three."""
+    if isinstance(value, type):  # numpy.float32 itself, say, which has all that its values have
+        return value
     if hasattr(value, "ndim") and hasattr(value, "tolist"):
-        shape = tuple(value.shape)
-        count = 1
-        for size in shape:
-            count *= size
-        return value.tolist() if count <= _LONGEST_ARRAY else f"{type(value).__name__} of shape {shape}"
+        return _numbers(value)
     omegaconf = sys.modules.get("omegaconf")
     if omegaconf is None or not omegaconf.OmegaConf.is_config(value):
         return value
@@ -122,6 +113,15 @@ def _without_library(value: Any) -> Any:
         return omegaconf.OmegaConf.to_container(value, resolve=True)
     except omegaconf.errors.OmegaConfBaseException:
         return omegaconf.OmegaConf.to_container(value, resolve=False)
+
+
+def _numbers(array: Any) -> Any:
+    kind = type(array).__name__
+    try:
+        shape = tuple(array.shape)
+        return array.tolist() if math.prod(shape) <= _LONGEST_ARRAY else f"{kind} of shape {shape}"
+    except Exception:  # without values, or of a kind whose library has no list for it
+        return f"<{kind}>"
 
 
 def _text(value: Any) -> str:

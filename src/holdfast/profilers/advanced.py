@@ -75,8 +75,9 @@ class AdvancedProfiler(Profiler):
         texts = []
         for action_name, stats in self.profiled_actions.items():
             stream = io.StringIO()
-            stats.stream = stream  # type: ignore[attr-defined]
-            stats.strip_dirs().sort_stats("cumulative").print_stats(self.line_count_restriction)
+            # A copy: what is dumped, and added to by a later run, keeps its directories.
+            shown = pstats.Stats(stream=stream).add(stats).strip_dirs().sort_stats("cumulative")
+            shown.print_stats(self.line_count_restriction)
             texts.append(f"Profile of {action_name}\n{stream.getvalue().strip()}")
         return f"{self._heading()}Profiler Report\n" + "\n\n".join(texts)
 

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from holdfast.errors import ConfigError
 from holdfast.profilers.base import Profiler
+from holdfast.utilities.rank_zero import rank_zero_warn
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -33,7 +34,7 @@ class PyTorchProfiler(Profiler):
         profiler_kwargs: Arguments of `torch.profiler.profile`, such as ``schedule=`` or ``profile_memory=``.
 
     Raises:
-        ConfigError: there is no such column.
+        ConfigError: there is no such column; when a run starts: ``emit_nvtx`` without a GPU.
     """
 
     AVAILABLE_SORT_KEYS = frozenset(
@@ -92,6 +93,10 @@ class PyTorchProfiler(Profiler):
         super().setup(stage, local_rank, log_dir)
         self._events = None
         if self._emit_nvtx:
+            if not torch.cuda.is_available():
+                raise ConfigError(
+                    "PyTorchProfiler(emit_nvtx=True) labels what a GPU does: torch sees none here."
+                )
             self.profiler = torch.autograd.profiler.emit_nvtx()
         else:
             activities = [ProfilerActivity.CPU]
@@ -155,6 +160,12 @@ class PyTorchProfiler(Profiler):
                 ranges.pop().__exit__(None, None, None)
         profiler.__exit__(None, None, None)
         if self._emit_nvtx:
+            return
+        if profiler.profiler is None:
+            rank_zero_warn(
+                "PyTorchProfiler recorded nothing: the run was over before its schedule= came to a step that "
+                "is recorded."
+            )
             return
         self._events = profiler
         if self._export_to_chrome and "on_trace_ready" not in self._profiler_kwargs:

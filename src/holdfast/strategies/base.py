@@ -211,6 +211,15 @@ class Strategy(ABC):
     def on_predict_end(self) -> None: ...
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None: ...
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """What the run reads instead of a loader, such as a wrapper of it; asked once for each loader."""
+        return dataloader
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Whether it counts batches between steps itself; here the loop does."""
+        return False
+
     # -- a step ----------------------------------------------------------------------------------------------
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

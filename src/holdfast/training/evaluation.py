@@ -17,7 +17,7 @@ from holdfast.training.data import BatchStream
 from holdfast.training.hooks import bind, bind_step, call, profiled_items
 from holdfast.training.progress import RunningStage
 from holdfast.training.results import Entry, Results
-from holdfast.training.sources import with_every_row
+from holdfast.training.sources import processed, with_every_row
 from holdfast.training.transfer import make_transfer
 from holdfast.utilities.combined_loader import CombinedLoader, combined_length
 
@@ -108,7 +108,7 @@ class EvaluationLoop:
         self.prefix, self.step_name = _NAMES[stage]
         if stage is RunningStage.PREDICTING:
             loaders = with_every_row(loaders)
-        combined = as_one_loader(loaders, "sequential")
+        combined = as_one_loader(processed(trainer, loaders), "sequential")
         self.mode = "sequential"
         self.loaders = combined.iterables if isinstance(combined, CombinedLoader) else combined
         """The loaders as they were given, in their nesting."""
@@ -198,7 +198,7 @@ class EvaluationLoop:
                 results.epoch_ended = True
                 call(trainer, f"on_{prefix}_epoch_end")
                 if self.stage is RunningStage.SANITY_CHECKING:
-                    trainer.metrics.callback.update(results.callback_metrics())
+                    trainer.metrics.show(results)
                 elif prefix != "predict":
                     logged = trainer.metrics.publish(results)
                     trainer.log_to_loggers(logged, trainer.progress.batches_that_stepped)

@@ -11,7 +11,7 @@ from holdfast.training.combined import CombinedStream, make_stream
 from holdfast.training.data import BatchStream
 from holdfast.training.evaluation import EvaluationLoop, count_batches
 from holdfast.training.progress import RunningStage
-from holdfast.training.sources import in_order
+from holdfast.training.sources import in_order, processed
 from holdfast.training.validation_schedule import batches_between
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class FitData:
 
     def _make_stream(self) -> None:
         trainer = self.trainer
-        loader = self._ask("train")
+        loader = processed(trainer, self._ask("train"))
         self.stream = make_stream(loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank)
         self.batches = count_batches(self.stream.length(), trainer.limit_train_batches, "limit_train_batches")
         self.validation_interval = batches_between(

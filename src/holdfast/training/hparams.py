@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import inspect
@@ -16,6 +15,7 @@ from torch import nn
 from holdfast.checkpoint.exact import type_name
 from holdfast.errors import ConfigError
 from holdfast.utilities.parsing import AttributeDict
+from holdfast.utilities.parsing import as_mapping as named_values
 from holdfast.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn, warn_once
 
 KWARGS = "kwargs"
@@ -77,17 +77,11 @@ def _generated_inits(cls: type[Any]) -> set[CodeType]:
 
 
 def as_mapping(value: Any) -> dict[str, Any] | None:
-    """A Namespace, mapping, dataclass or OmegaConf object as a dict; None for anything else."""
-    if isinstance(value, argparse.Namespace):
-        return dict(vars(value))
+    """Named values of any form as a dict, OmegaConf's with interpolations as written; None for others."""
     if is_config(value):
         plain: dict[str, Any] = sys.modules["omegaconf"].OmegaConf.to_container(value, resolve=False)
         return plain
-    if isinstance(value, Mapping):
-        return dict(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return None
+    return named_values(value)
 
 
 def is_config(value: Any) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from holdfast.training.progress import BATCH, END, START, RunningStage
+from holdfast.training.results import in_batch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -12,11 +16,41 @@ if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How many batches or epochs have come how far."""
+
+    ready: int
+    """Begun, or about to: their first hook is called."""
+    started: int
+    """Past their first hook."""
+    processed: int
+    """Past all but their last hook."""
+    completed: int
+    """Past all of it."""
+
+
+@dataclass(frozen=True)
+class ProgressView:
+    """The counts of batches or epochs at the moment of asking."""
+
+    current: Counts
+    """For batches, those of the epoch."""
+    total: Counts
+    is_last_batch: bool = False
+
+
 class LoopView:
     """Names of Lightning's two training loops over the state that the trainer and its progress keep."""
 
     trainer: Trainer
     data: FitData
+    _resumed: dict[str, Any] | None
+
+    if TYPE_CHECKING:
+
+        @property
+        def finished(self) -> bool: ...
 
     @property
     def max_epochs(self) -> int | None:
@@ -83,6 +117,52 @@ class LoopView:
     @_batches_that_stepped.setter
     def _batches_that_stepped(self, value: int) -> None:
         self.trainer.progress.batches_that_stepped = value
+
+    @property
+    def epoch_progress(self) -> ProgressView:
+        """Counts of epochs."""
+        progress, fx = self.trainer.progress, self.trainer.metrics.train.fx
+        done = progress.epoch + (progress.stage == END)
+        ready = started = processed = done
+        if fx == "on_train_epoch_start":
+            ready += 1
+        elif fx == "on_train_epoch_end":
+            ready, started, processed = done + 1, done + 1, done + 1
+        elif in_batch(fx) or progress.stage not in (START, END):
+            ready, started = done + 1, done + 1
+        counts = Counts(ready, started, processed, done)
+        return ProgressView(counts, counts)
+
+    @property
+    def batch_progress(self) -> ProgressView:
+        """Counts of training batches."""
+        trainer, progress, index = self.trainer, self.trainer.progress, self.trainer.batch_idx
+        fx, done = trainer.metrics.train.fx, progress.batch
+        if in_batch(fx) and done == index:
+            begun = index + (fx != "on_train_batch_start")
+            counts = (index + 1, begun, done, done)
+        else:
+            between = progress.stage == START and fx != "on_train_epoch_start" and self._resumed is None
+            if between and progress.total_batches:
+                done = index + 1  # after the last batch of an epoch, or of the run
+            ending = fx == "on_train_batch_end" and progress.stage == BATCH
+            ending = ending and trainer.state.stage is RunningStage.TRAINING
+            counts = (done, done, done, done - ending)
+        before = progress.total_batches - done
+        total = Counts(*(before + count for count in counts))
+        return ProgressView(Counts(*counts), total, trainer.is_last_batch)
+
+    @property
+    def done(self) -> bool:
+        """Whether a limit is reached; in the last epoch's end already."""
+        limit = self.max_epochs
+        ended = limit not in (None, -1) and self.epoch_progress.current.processed >= (limit or 0)
+        return ended or self.finished
+
+    @property
+    def restarting(self) -> bool:
+        """Whether the run is about to go on in the middle of a checkpoint's epoch."""
+        return self._resumed is not None and self.trainer.progress.stage not in (START, END)
 
     @property
     def epoch_loop(self) -> Self:

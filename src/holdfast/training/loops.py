@@ -112,8 +112,7 @@ class FitLoop(LoopView):
         with rng.apart(rng.derive(trainer.seed, "sanity check")):
             validation.run(0, float("inf") if limit == -1 else limit)
         call(trainer, "on_sanity_check_end", only="callbacks")
-        trainer.metrics.callback.clear()
-        trainer.metrics.logged.clear()
+        trainer.metrics.forget()
         validation.stage = RunningStage.VALIDATING
 
     @property
@@ -164,7 +163,10 @@ class FitLoop(LoopView):
         trainer.state.stage = RunningStage.TRAINING
         if trainer.enable_validation and not self.data.validation_waits:
             self.data.make_validation()
+        # On a resume it is called anew, and so are its logs.
+        trainer.metrics.train.drop("on_train_start")
         call(trainer, "on_train_start")
+        trainer.metrics.show_start()
         self._prepare()
         # A hook may have said to stop already.
         while only_ends or not self.finished:

@@ -69,10 +69,14 @@ class MetricStore:
 
     def begin(self) -> None:
         """Forget the values of the request before this one; the names' versions go on counting."""
-        for view in (self.callback, self.logged, self.bar):
-            view.clear()
+        self.forget()
         self.train.entries.clear()
         self.train.epoch_ended = False
+
+    def forget(self) -> None:
+        """Empty the three views."""
+        for view in (self.callback, self.logged, self.bar):
+            view.clear()
 
     def callback_metrics(self) -> CallbackMetrics:
         """Published values, and on top of them what the running loop has logged since."""
@@ -120,6 +124,21 @@ class MetricStore:
         """Take a loop's epoch values into the views; returns those that go to the loggers."""
         results.epoch_ended = True
         self.take(results.callback_metrics())
+        return self._show(results)
+
+    def show(self, results: Results) -> None:
+        """Likewise, but nothing counts as new by it: what is monitored is not there to be ranked yet."""
+        results.epoch_ended = True
+        self.callback.update(results.callback_metrics())
+        self._show(results)
+
+    def show_start(self) -> None:
+        """What was logged when training started is there to see from then on, not from the epoch's end."""
+        started = Results(training=True)
+        started.entries = {key: one for key, one in self.train.entries.items() if one.fx == "on_train_start"}
+        self.show(started)
+
+    def _show(self, results: Results) -> dict[str, Tensor]:
         self.bar.update(results.step_metrics(lambda entry: entry.bar))
         self.logged.update(results.step_metrics(lambda entry: entry.logger))
         self.bar.update(results.epoch_metrics(lambda entry: entry.bar))

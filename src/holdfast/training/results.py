@@ -15,6 +15,7 @@ from torch import Tensor
 
 from holdfast.errors import ConfigError
 from holdfast.training.data import batch_size_of
+from holdfast.utilities.rank_zero import warn_once
 
 # Hook -> (on_step, on_epoch) when self.log is called there without saying; hooks that are not here cannot
 # log.
@@ -64,6 +65,13 @@ _EPOCH_ONLY = frozenset(
     "on_validation_batch_start",
     "on_test_batch_start",
 }
+
+
+def in_batch(fx: str | None) -> bool:
+    """Whether a hook or step of training is one of those that come with every batch."""
+    return fx is not None and DEFAULTS.get(fx) == _STEP
+
+
 _REDUCTIONS: dict[Any, str] = {
     "mean": "mean",
     "avg": "mean",
@@ -170,7 +178,14 @@ class Entry:
         self.weight = 1
         if self.on_step:
             cached = getattr(metric, "_forward_cache", None)
-            self.value = metric.compute() if cached is None else cached.detach().clone()
+            # Without one there was no forward: whoever calls ``update`` wants no value of each step.
+            self.value = None if cached is None else cached.detach().clone()
+            if cached is None and not self.on_epoch:
+                warn_once(
+                    f"update {self.name}",
+                    f"self.log({self.name!r}, metric): the metric was given its values by update(), so there "
+                    "is none of this step. Log it with on_epoch=True, or call the metric instead.",
+                )
 
     def epoch_value(self) -> Tensor:
         if self.metric is not None:
@@ -193,9 +208,10 @@ def _spelled_out(asked: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """A 0-dimensional tensor for any logged value; numbers become the default floating type."""
+    """A 0-dimensional tensor of 32 or 64 bits for any logged value, whatever numbers it was made of."""
     if isinstance(value, Tensor):
-        return value.detach()
+        widened: Tensor = _widened(value.detach())
+        return widened
     return torch.tensor(value, dtype=torch.get_default_dtype())
 
 
@@ -216,6 +232,10 @@ class Results:
         for entry in self.entries.values():
             entry.reset()
         self.epoch_ended = False
+
+    def drop(self, fx: str) -> None:
+        """Forget what one hook has logged."""
+        self.entries = {key: entry for key, entry in self.entries.items() if entry.fx != fx}
 
     def log(self, name: str, value: Any, asked: tuple[Any, ...], batch_size: int | None) -> None:
         """One ``self.log``; everything that does not change from call to call is settled at the first one."""
@@ -304,7 +324,7 @@ class Results:
         return {
             entry.step_name(): as_tensor(entry.value)
             for entry in self.entries.values()
-            if entry.on_step and entry.has_value and wanted(entry)
+            if entry.on_step and entry.has_value and entry.value is not None and wanted(entry)
         }
 
     def epoch_metrics(self, wanted: Callable[[Entry], bool]) -> dict[str, Tensor]:
@@ -324,7 +344,7 @@ class Results:
             if not entry.has_value:
                 continue
             plain = entry.name + entry.loader_suffix
-            if entry.on_step and self.training:
+            if entry.on_step and self.training and entry.value is not None:
                 values[entry.step_name()] = values[plain] = as_tensor(entry.value)
             if entry.on_epoch and self.epoch_ended:
                 values[entry.epoch_name()] = values[plain] = entry.epoch_value()

@@ -81,19 +81,26 @@ def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
 
 
 def _tell_of(trainer: Trainer, error: BaseException) -> None:
+    """Tell everybody how the run ended; whoever fails at that keeps nobody else from hearing of it."""
+
+    def tell(what: str, told: Callable[..., Any], *args: Any) -> None:
+        try:
+            told(*args)
+        except Exception as problem:  # the error that ended the run is the one to raise
+            rank_zero_warn(f"The run ended with {type(error).__name__}, and {what} failed: {problem}")
+
     for callback in trainer.callbacks:
-        callback.on_exception(trainer, trainer.lightning_module, error)
+        name = f"{type(callback).__name__}.on_exception"
+        tell(name, callback.on_exception, trainer, trainer.lightning_module, error)
     if trainer.datamodule is not None:
-        trainer.datamodule.on_exception(error)
-    try:
-        # Wherever it happened, it was not at a safe point.
-        trainer.safe_point(exact=False)
-        settle(trainer)
-        trainer.strategy.teardown()
-    except Exception as problem:  # the error that ended the run is the one to raise
-        rank_zero_warn(f"The run ended with {type(error).__name__}, and saving it failed: {problem}")
+        tell(f"{type(trainer.datamodule).__name__}.on_exception", trainer.datamodule.on_exception, error)
+    # Wherever it happened, it was not at a safe point.
+    tell("saving it", lambda: trainer.safe_point(exact=False))
+    tell("saving it", settle, trainer)
+    tell(f"{type(trainer.strategy).__name__}.teardown", trainer.strategy.teardown)
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     for logger in trainer.loggers:
-        logger.finalize("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        tell(f"{type(logger).__name__}.finalize", logger.finalize, status)
 
 
 def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
@@ -155,7 +162,7 @@ def _open_loggers(trainer: Trainer) -> None:
     """Have each logger settle its version, in turn, and send them what is known before the first step."""
     for logger in trainer.loggers:
         _ = logger.experiment
-    if not trainer.log_hyperparameters:
+    if not trainer.enable_autolog_hparams:
         return
     values = _merged_hyperparameters(trainer)
     for logger in trainer.loggers:
@@ -203,6 +210,7 @@ def fit(
     _attach(trainer, model, datamodule)
     check_fit(trainer, model, train)
     trainer.fit_loop = trainer.evaluation_loop = None
+    trainer.evaluation_loops.pop("validation", None)
     trainer.seed = torch.initial_seed()
     trainer.broke_off = False
     trainer.enable_validation = (
@@ -339,7 +347,7 @@ def evaluate(
     loop = EvaluationLoop(
         trainer, stage, find_loader(trainer, kind, dataloaders), (getattr(trainer, argument), argument)
     )
-    trainer.evaluation_loop = loop
+    trainer.evaluation_loop = trainer.evaluation_loops[loop.prefix] = loop
     results = loop.run(0, keep_outputs=keep_outputs)
     for logger in trainer.loggers:
         logger.finalize("success")

@@ -11,7 +11,7 @@ from holdfast.callbacks.base import Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
 from holdfast.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from holdfast.callbacks.progress_bar import ProgressBar
-from holdfast.training.progress import Progress, RunningStage, TrainerState, TrainerStatus
+from holdfast.training.progress import Progress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 
 if TYPE_CHECKING:
     from holdfast.callbacks.base import Callback
@@ -42,6 +42,7 @@ class RunView:
     accumulate_grad_batches: int
     batch_idx: int
     evaluation_loop: EvaluationLoop | None
+    evaluation_loops: dict[str, EvaluationLoop]
     model: LightningModule | None
 
     # -- the model -------------------------------------------------------------------------------------------
@@ -76,7 +77,8 @@ class RunView:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Validation batches of each loader in the sanity check."""
-        return [min(count, self.num_sanity_val_steps) for count in self.num_val_batches]
+        loop = None if self.fit_loop is None else self.fit_loop.validation
+        return [] if loop is None else [min(count, self.num_sanity_val_steps) for count in loop.batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
@@ -143,8 +145,10 @@ class RunView:
         return self._loop_of("predict")
 
     def _loop_of(self, prefix: str) -> EvaluationLoop | None:
-        loops = (self.evaluation_loop, None if self.fit_loop is None else self.fit_loop.validation)
-        return next((loop for loop in loops if loop is not None and loop.prefix == prefix), None)
+        own = self.evaluation_loops.get(prefix)
+        if prefix != "validation" or self.fit_loop is None or self.state.fn is TrainerFn.VALIDATING:
+            return own
+        return self.fit_loop.validation or own
 
     @property
     def estimated_stepping_batches(self) -> int | float:
@@ -326,6 +330,11 @@ class RunView:
     def interrupted(self) -> bool:
         """The last run ended with an exception."""
         return self.state.status is TrainerStatus.INTERRUPTED
+
+    @property
+    def received_sigterm(self) -> bool:
+        """False: signals are left to the program, and a kill at any moment loses no finished save."""
+        return False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print once per job, above the progress bar if there is one."""

@@ -63,6 +63,14 @@ def find_train_loader(trainer: Trainer, given: Any) -> Any:
     return loader
 
 
+def processed(trainer: Trainer, loaders: Any) -> Any:
+    """The loaders as the strategy wants them, where it overrides `Strategy.process_dataloader`."""
+    strategy = trainer.strategy
+    if loaders is None or not is_overridden("process_dataloader", strategy):
+        return loaders
+    return _each(loaders, strategy.process_dataloader, others=strategy.process_dataloader)
+
+
 # -- loaders that differ from the user's in their sampler alone ----------------------------------------------
 
 
@@ -111,16 +119,20 @@ def with_every_row(loaders: Any) -> Any:
     return _each(loaders, whole)
 
 
-def _each(loaders: Any, change: Callable[[DataLoader[Any]], DataLoader[Any]]) -> Any:
-    """``loaders`` with every DataLoader in them changed."""
+def _each(
+    loaders: Any, change: Callable[[DataLoader[Any]], Any], others: Callable[[Any], Any] | None = None
+) -> Any:
+    """``loaders`` with every DataLoader in them changed, and every other one by ``others``."""
     if isinstance(loaders, DataLoader):
         return change(loaders)
     if isinstance(loaders, CombinedLoader):
         changed = copy.copy(loaders)
-        changed.flattened = [_each(one, change) for one in loaders.flattened]
+        changed.flattened = [_each(one, change, others) for one in loaders.flattened]
         return changed
     combined = as_one_loader(loaders, "sequential")
-    return loaders if combined is loaders else _each(combined, change).iterables
+    if combined is not loaders:
+        return _each(combined, change, others).iterables
+    return loaders if others is None else others(loaders)
 
 
 def _with_sampler(loader: DataLoader[Any], sampler: Any, *, drop_last: bool) -> DataLoader[Any]:

@@ -193,7 +193,10 @@ def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> set
     module.on_load_checkpoint(payload)
     for callback in trainer.callbacks:
         callback.on_load_checkpoint(trainer, module, payload)
-    load_weights(module, payload["state_dict"], strict=module.strict_loading, source=source)
+    if is_overridden("load_model_state_dict", trainer.strategy):
+        trainer.strategy.load_model_state_dict(payload, strict=module.strict_loading)
+    else:
+        load_weights(module, payload["state_dict"], strict=module.strict_loading, source=source)
     return {key for key in held if key in payload and not payload[key]}
 
 

@@ -191,7 +191,7 @@ class Trainer(RunView):
         configuration.check_clipping(gradient_clip_val, gradient_clip_algorithm)
         self.inference_mode = inference_mode
         self.detect_anomaly = detect_anomaly
-        self.log_hyperparameters = enable_autolog_hparams
+        self.enable_autolog_hparams = enable_autolog_hparams
         self.strategy = choose_strategy(strategy, accelerator, devices, num_nodes)
         self.precision_plugin, self.cluster_environment = sort_plugins(
             plugins, precision, self.strategy.root_device, self.strategy
@@ -243,6 +243,9 @@ class Trainer(RunView):
         self.model: LightningModule | None = None
         """The module of the current or last run."""
         self.evaluation_loop: EvaluationLoop | None = None
+        """The loop of the last validation, test or prediction outside of fit; none since a fit began."""
+        self.evaluation_loops: dict[str, EvaluationLoop] = {}
+        """Of these, the last of each kind."""
 
     # -- what the user calls ---------------------------------------------------------------------------------
 

@@ -1,8 +1,11 @@
-"""What ``utilities.parsing`` is imported for: a dict with attributes, and whether a value can be pickled."""
+"""A dict with attributes, whether a value can be pickled, and named values in any form as a dict."""
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
+from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -29,6 +32,17 @@ class AttributeDict(dict[str, Any]):
         names = {key: f'"{key}":' for key in sorted(self, key=str)}
         width = max(map(len, names.values()), default=0)
         return "\n".join(f"{name:<{width}} {self[key]}" for key, name in names.items())
+
+
+def as_mapping(value: Any) -> dict[Any, Any] | None:
+    """A Namespace, mapping or dataclass as a new dict of the same values; None for anything else."""
+    if isinstance(value, Namespace):
+        return dict(vars(value))
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
 
 
 def is_picklable(obj: object) -> bool:
