@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import holdfast as pl
 from holdfast.callbacks import Callback, ModelCheckpoint
 from holdfast.loggers import CSVLogger
+from holdfast.plugins import AsyncCheckpointIO
 from tests.training.toys import Toy, checkpoints, rows, trainer
 
 
@@ -147,3 +148,28 @@ def test_who_fails_to_hear_of_an_exception_keeps_nobody_else_from_it(tmp_path: P
     ]
     assert checkpoints(tmp_path / "kept") == ["epoch=0-step=2.ckpt"]
     assert len((tmp_path / "logs/lightning_logs/version_0/metrics.csv").read_text().splitlines()) == 3
+
+
+class Uploading(CSVLogger):
+    """Fails to upload the first file that it is told of."""
+
+    told = 0
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        self.told += 1
+        if self.told == 1:
+            raise OSError("no line to the store")
+
+
+@pytest.mark.parametrize("plugins", [None, [AsyncCheckpointIO()]], ids=["engine", "async"])
+def test_a_logger_that_fails_after_a_save_makes_no_callback_forget_its_file(
+    plugins: Any, tmp_path: Path
+) -> None:
+    first = ModelCheckpoint(tmp_path / "first", every_n_train_steps=1)
+    second = ModelCheckpoint(tmp_path / "second", every_n_train_steps=1, monitor="step", mode="max")
+    run = trainer(callbacks=[first, second], logger=Uploading(tmp_path / "logs"), plugins=plugins)
+    with pytest.raises(OSError, match="no line to the store"):
+        run.fit(Toy(), rows())
+    for callback, name in ((first, "first"), (second, "second")):
+        assert callback.best_model_path == str(tmp_path / name / "epoch=0-step=1.ckpt")
+        assert "epoch=0-step=1.ckpt" in checkpoints(tmp_path / name)

@@ -50,12 +50,12 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
             report = save(
                 trainer, names, weights_only=weights_only, exact=exact, extra=extra, symlinks=len(group) == 1
             )
-            for callback, plan in group:
-                open_plans.remove((callback, plan))
-                if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
-                    trainer.saves_in_flight.append((callback, plan, report))
-                else:
-                    callback.committed(trainer, plan, report)
+            open_plans = [one for one in open_plans if one[1].weights_only is not weights_only]
+            saved = [(callback, plan, report) for callback, plan in group]
+            if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
+                trainer.saves_in_flight += saved
+            else:
+                _tell_committed(trainer, saved)
     finally:
         for callback, plan in open_plans:
             callback.rolled_back(trainer, plan)
@@ -77,8 +77,19 @@ def settle(trainer: Trainer) -> None:
         for callback, plan, _ in in_flight:
             callback.rolled_back(trainer, plan)
         raise
-    for callback, plan, report in in_flight:
-        callback.committed(trainer, plan, report)
+    _tell_committed(trainer, in_flight)
+
+
+def _tell_committed(trainer: Trainer, saved: list[tuple[Checkpoint, SavePlan, SaveReport]]) -> None:
+    """Tell every callback of its durable save, then raise the first error: one's failure is not another's."""
+    errors: list[BaseException] = []
+    for callback, plan, report in saved:
+        try:
+            callback.committed(trainer, plan, report)
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def save(
