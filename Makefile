@@ -3,7 +3,7 @@
 #   make demo     train, kill, start again, compare bit for bit
 #   make test     the whole test suite
 #   make check    ruff, mypy --strict, the architecture tests
-#   make soak     long searches for a resumed run that differs; SEED=n starts them elsewhere
+#   make soak     search for a resumed run that differs, for MINUTES (60); SEED=n starts elsewhere
 #   make bench    step overhead and import time beside their peers
 #   make clean    remove the environment and caches; runs/ stays
 #
@@ -17,6 +17,7 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 ARGS   ?=
 SEED   ?= 1000
+MINUTES ?= 60
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -30,11 +31,11 @@ help:
 	@echo 'make demo     train on real digits, kill -9 in mid-epoch, start again, compare bit for bit'
 	@echo 'make test     run the whole test suite'
 	@echo 'make check    ruff, mypy --strict on the package, the architecture tests'
-	@echo 'make soak     long searches for a resumed run that differs; SEED=n starts them elsewhere'
+	@echo 'make soak     search for a resumed run that differs, for an hour: MINUTES=n; SEED=n starts elsewhere'
 	@echo 'make bench    step overhead and import time beside a raw loop, Accelerate and Lightning'
 	@echo 'make clean    remove the environment and caches; runs/ stays'
 	@echo
-	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS SEED'
+	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS SEED MINUTES'
 
 demo: $(VENV)/.installed-examples
 	@$(BIN)/python examples/demo.py $(ARGS)
@@ -52,8 +53,7 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 	@$(BIN)/python -m pytest -q --durations=0 tests/test_import_direction.py tests/test_public_names.py tests/test_readme.py
 
 soak: $(VENV)/.installed-test
-	@HOLDFAST_FEATURES_EXAMPLES=2000 HOLDFAST_FEATURES_SEED=$(SEED) \
-	  $(BIN)/python -m pytest -q tests/resume/test_random_features.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.resume.search --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/step_overhead.py $(ARGS)

@@ -7,6 +7,7 @@ import importlib
 import pytest
 
 PUBLIC = {
+    "holdfast.testing": ["ExactResume", "assert_exact_resume"],
     "holdfast": [
         "ArgumentError",
         "Callback",
@@ -31,6 +32,7 @@ PUBLIC = {
         "profilers",
         "seed_everything",
         "strategies",
+        "testing",
         "trainer",
         "utilities",
     ],

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from holdfast import plugins as plugins
     from holdfast import profilers as profilers
     from holdfast import strategies as strategies
+    from holdfast import testing as testing
     from holdfast import trainer as trainer
     from holdfast import utilities as utilities
     from holdfast.callbacks.base import Callback as Callback
@@ -60,6 +61,7 @@ _HOMES = {
     "profilers": ".profilers",
     "seed_everything": "holdfast.utilities.seed",
     "strategies": ".strategies",
+    "testing": ".testing",
     "trainer": ".trainer",
     "utilities": ".utilities",
 }

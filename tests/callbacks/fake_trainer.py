@@ -44,6 +44,7 @@ class FakeTrainer:
         self.resumed_automatically = False
         self.weights_save_path: str | None = None
         self.fit_loop = None
+        self.preemption = SimpleNamespace(cut_short=False)
         self.engine = CheckpointEngine()
         self.kill_before_commit_of_step: int | None = None
         self.kill_between_names = False

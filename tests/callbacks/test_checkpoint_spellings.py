@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast.callbacks import ModelCheckpoint
 from holdfast.errors import ArgumentError, ConfigError
@@ -155,6 +156,7 @@ def test_the_default_of_save_top_k_in_1_0(tmp_path: Path, monitor: str | None) -
             self.log("train_loss", loss)
             return loss
 
+    torch.manual_seed(1)
     callback = ModelCheckpoint(tmp_path, save_top_k=None, monitor=monitor)
     trainer(max_epochs=2, callbacks=[callback]).fit(Logged(), rows())
     assert callback.save_top_k == 1

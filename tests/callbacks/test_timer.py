@@ -148,6 +148,7 @@ def test_a_run_whose_time_is_up_trains_nothing_more(clock: Clock, tmp_path: Path
     assert run.global_step == 4
 
 
+@pytest.mark.filterwarnings("ignore:Resumed, this run is not bit for bit the one that never stopped")
 def test_more_time_goes_on_where_it_was_up(clock: Clock, tmp_path: Path) -> None:
     first = fit(clock, Timer({"seconds": 4}), None, ModelCheckpoint(tmp_path, "a"), max_epochs=3)
     saves = ModelCheckpoint(tmp_path / "later")

@@ -24,6 +24,7 @@ from holdfast.loggers import CSVLogger, TensorBoardLogger
 BATCHES = 6
 EPOCHS = 4
 SAVE_EVERY_N_STEPS = 5
+FLUSH_EVERY_N_ROWS = 2  # so a kill finds rows in the file that no checkpoint counts on
 
 
 class Net(pl.LightningModule):
@@ -63,7 +64,7 @@ def main(root: Path, kill_at: int) -> None:
         accelerator="cpu",
         max_epochs=EPOCHS,
         default_root_dir=root,
-        logger=[TensorBoardLogger(root), CSVLogger(root)],
+        logger=[TensorBoardLogger(root), CSVLogger(root, flush_logs_every_n_steps=FLUSH_EVERY_N_ROWS)],
         log_every_n_steps=1,
         val_check_interval=5,
         callbacks=[ModelCheckpoint(every_n_train_steps=SAVE_EVERY_N_STEPS)],

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import os
+import signal
+import subprocess
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
@@ -292,12 +295,50 @@ def test_rows_survive_a_resume_in_which_nothing_was_logged(tmp_path: Path) -> No
     second = CSVLogger(tmp_path, version=0)
     second.load_state_dict(state)
     again = second.state_dict()
-    assert again == state == {"rows": 1, "version": 0, "name": "lightning_logs"}
+    assert again == state
+    assert (again["rows"], again["version"], again["name"]) == (1, 0, "lightning_logs")
     third = CSVLogger(tmp_path, version=0)
     third.load_state_dict(again)
     third.log_metrics({"a": 2.0}, step=1)
     third.save()
     assert text(third) == "a,step\n1.0,0\n2.0,1\n"
+
+
+GOES_ON = """
+import sys
+from holdfast.loggers.csv import CSVLogger
+
+root, column, rows = sys.argv[1:]
+logger = CSVLogger(root, version=0)
+logger.load_state_dict({"name": "lightning_logs", "version": 0, "rows": int(rows)})
+logger.log_metrics({column: 3.0}, step=2)
+logger.save()
+"""
+
+
+@pytest.mark.parametrize("point", ["temp-created", "written", "synced", "renamed"])
+@pytest.mark.parametrize(("column", "cuts"), [("a", True), ("b", False)], ids=["cut back", "a new column"])
+def test_a_kill_while_the_file_is_written_anew_loses_no_row_that_the_checkpoint_counts_on(
+    point: str, column: str, cuts: bool, tmp_path: Path
+) -> None:
+    first = CSVLogger(tmp_path)
+    for step in range(2):
+        first.log_metrics({"a": float(step)}, step=step)
+    assert first.state_dict()["rows"] == 2
+    if cuts:
+        first.log_metrics({"a": 2.0, "late": 1.0}, step=2)
+        first.save()  # and then a kill, before the next checkpoint
+
+    def go_on(**environment: str) -> int:
+        command = [sys.executable, "-c", GOES_ON, str(tmp_path), column, "2"]
+        return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+
+    assert go_on(HOLDFAST_CRASH_AT=point) == -signal.SIGKILL
+    assert [row["a"] for row in rows(first.experiment.metrics_file_path)][:2] == ["0.0", "1.0"]
+    assert go_on() == 0
+    last = {"a": "a,step\n0.0,0\n1.0,1\n3.0,2\n", "b": "a,b,step\n0.0,,0\n1.0,,1\n,3.0,2\n"}
+    assert text(first) == last[column]
+    assert os.listdir(first.log_dir) == ["metrics.csv"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -387,8 +387,9 @@ class TestResume:
         path = Path(first.log_dir, name)
         os.truncate(path, 10)
         second = TensorBoardLogger(tmp_path, version=0)
+        second.load_state_dict(state)
         with pytest.warns(UserWarning, match="bytes") as caught:
-            second.load_state_dict(state)
+            second.log_metrics({"a": 2.0}, step=1)
         assert [str(one.message) for one in caught] == [
             f"{path} has 10 bytes; it had {size} when the checkpoint was written. "
             "The missing ones were lost before the resume."

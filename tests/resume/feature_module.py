@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +13,9 @@ from torch.nn import functional
 
 import holdfast as pl
 
-from .feature_data import FEATURES, Plan, parts_of, train_data, val_data
+from .feature_data import FEATURES, Plan, parts_of
+from .feature_loaders import train_data, val_data
+from .feature_optimizers import Rate, by_hand, configured
 
 
 class Net(pl.LightningModule):
@@ -30,6 +34,10 @@ class Net(pl.LightningModule):
         self.head = nn.Linear(width, 1)
         if plan["target"]:
             self.target = nn.Linear(width, 1).requires_grad_(False)
+        if plan["encoder"]:
+            self.encoder = copy.deepcopy(self.backbone).requires_grad_(False)
+        if plan["compiled"]:
+            self.backbone.compile(backend="eager")
         if plan["metrics"]:
             self.mean = torchmetrics.MeanMetric()
             self.errors = torchmetrics.MetricCollection(
@@ -38,6 +46,7 @@ class Net(pl.LightningModule):
             self.own = torchmetrics.SumMetric()
             self.val_mse = torchmetrics.MeanSquaredError()
         self.automatic_optimization = not plan["manual"]
+        self.passed: Callable[[str], Any] = len  # whoever may end the run in a step puts itself here
 
     def setup(self, stage: str) -> None:
         pass
@@ -55,6 +64,8 @@ class Net(pl.LightningModule):
         targets = targets.to(out.dtype)
         if self.plan["target"]:
             targets = 0.5 * (targets + self.target(hidden.detach()))
+        if self.plan["encoder"]:
+            targets = targets + 0.1 * self.encoder(inputs.to(dtype)).mean(1, keepdim=True).detach()
         return functional.mse_loss(out, targets), out.detach()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -76,37 +87,9 @@ class Net(pl.LightningModule):
             self.errors.update(out, targets)
             self.log_dict(self.errors, on_step=False, on_epoch=True)
             self.own.update(loss.detach().float())
+        self.passed("training step")
         if self.plan["manual"]:
-            return self.by_hand(loss, pairs, batch_idx)
-        return loss
-
-    def by_hand(self, loss: Tensor, pairs: Any, batch_idx: int) -> Tensor:
-        first, second = self.optimizers()
-        kind = self.plan["manual"]
-        if kind == "window":
-            self.manual_backward(loss / 2)
-            if batch_idx % 2:
-                for one in (first, second):
-                    self.clip_gradients(one, gradient_clip_val=0.1)
-                    one.step()
-                    one.zero_grad()
-        else:
-            if batch_idx % 2 == 0:
-                if kind == "toggled":
-                    self.toggle_optimizer(first)
-                    loss = self.loss(*pairs[0])[0]
-                first.zero_grad()
-                self.manual_backward(loss)
-                first.step()
-                if kind == "toggled":
-                    self.untoggle_optimizer(first)
-            second.zero_grad()
-            self.manual_backward(self.loss(*pairs[-1])[0])
-            second.step()
-        schedulers = self.lr_schedulers()
-        if schedulers is not None and batch_idx % 2 == 1:
-            for one in schedulers if isinstance(schedulers, list) else [schedulers]:
-                one.step()
+            return by_hand(self, loss, pairs, batch_idx)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -139,75 +122,19 @@ class Net(pl.LightningModule):
             with torch.no_grad():
                 for kept, live in zip(self.target.parameters(), self.head.parameters()):
                     kept.lerp_(live, 0.1)
+        if self.plan["encoder"]:
+            with torch.no_grad():
+                for kept, live in zip(self.encoder.parameters(), self.backbone.parameters()):
+                    kept.lerp_(live, 0.05)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if isinstance(scheduler, Rate):
+            scheduler.turn()
+        else:
+            super().lr_scheduler_step(scheduler, metric)
 
     def configure_optimizers(self) -> Any:
-        plan = self.plan
-        if plan["manual"]:
-            first = torch.optim.Adam(self.backbone.parameters(), lr=0.02)
-            second = torch.optim.SGD(self.head.parameters(), lr=0.02, momentum=0.9)
-            if plan["scheduler"] is None:
-                return [first, second]
-            return [first, second], [
-                torch.optim.lr_scheduler.StepLR(first, 2, 0.7),
-                torch.optim.lr_scheduler.ExponentialLR(second, 0.9),
-            ]
-        params: Any = [p for p in self.parameters() if p.requires_grad]
-        if plan["optimizer"] == "two groups":
-            params = [
-                {"params": list(self.backbone.parameters()), "lr": 0.01},
-                {"params": list(self.head.parameters())},
-            ]
-        one: torch.optim.Optimizer
-        if plan["optimizer"] == "adam":
-            one = torch.optim.Adam(params, lr=0.02)
-        elif plan["optimizer"] == "adamw":
-            one = torch.optim.AdamW(params, lr=0.02, weight_decay=0.1, amsgrad=True)
-        elif plan["optimizer"] == "lbfgs":
-            one = torch.optim.LBFGS(params, lr=0.05, max_iter=3, history_size=3)
-        else:
-            one = torch.optim.SGD(params, lr=0.02, momentum=0.9)
-        return scheduled(plan, one)
-
-
-def scheduled(plan: Plan, one: torch.optim.Optimizer) -> Any:
-    s, kind = torch.optim.lr_scheduler, plan["scheduler"]
-    if kind is None:
-        return one
-    config: dict[str, Any] = {
-        "onecycle": lambda: {"scheduler": s.OneCycleLR(one, 0.1, total_steps=200), "interval": "step"},
-        "step": lambda: {"scheduler": s.StepLR(one, 1, 0.5)},
-        "plateau": lambda: {
-            "scheduler": s.ReduceLROnPlateau(one, patience=0, threshold=0.5),
-            "monitor": "loss_epoch",
-        },
-        "plateau step": lambda: {
-            "scheduler": s.ReduceLROnPlateau(one, patience=0, threshold=0.5),
-            "monitor": "loss_step",
-            "interval": "step",
-            "frequency": 2,
-        },
-        "cosine": lambda: {
-            "scheduler": s.CosineAnnealingWarmRestarts(one, 3),
-            "interval": "step",
-            "name": "cosine",
-        },
-        "lambda": lambda: {
-            "scheduler": s.LambdaLR(one, [lambda n: 0.9**n] * len(one.param_groups)),
-            "interval": "step",
-        },
-        "frequency": lambda: {"scheduler": s.ExponentialLR(one, 0.8), "interval": "step", "frequency": 2},
-        "sequential": lambda: {
-            "scheduler": s.SequentialLR(one, [s.ConstantLR(one, 0.5, 2), s.ExponentialLR(one, 0.9)], [3]),
-            "interval": "step",
-        },
-        "two": lambda: None,
-    }[kind]()
-    if kind == "two":
-        return [one], [
-            {"scheduler": s.ExponentialLR(one, 0.9), "interval": "step"},
-            {"scheduler": s.StepLR(one, 1, 0.7), "interval": "epoch"},
-        ]
-    return {"optimizer": one, "lr_scheduler": config}
+        return configured(self)
 
 
 class Data(pl.LightningDataModule):

@@ -10,9 +10,11 @@ import holdfast as pl
 from holdfast.loggers import CSVLogger, TensorBoardLogger
 from holdfast.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from .feature_callbacks import Overridden, OwnIO, Plain, callbacks_of, stopper
-from .feature_data import Plan, train_data, val_data
+from .feature_callbacks import Overridden, OwnIO, Plain, callbacks_of
+from .feature_data import Plan
+from .feature_loaders import train_data, val_data
 from .feature_module import Data, Net
+from .feature_stops import Stopper
 
 
 def loggers_of(plan: Plan, root: Path) -> Any:
@@ -27,30 +29,27 @@ def loggers_of(plan: Plan, root: Path) -> Any:
     ]
 
 
-def make(
-    plan: Plan, root: Path, at: int | None = None, kind: str = "error"
-) -> tuple[pl.Trainer, Net, Any, dict[str, Any]]:
-    """The run's command: its trainer, module and stopper, and the arguments of ``fit``.
+def make(plan: Plan, root: Path, stop: Stopper) -> tuple[pl.Trainer, Net, dict[str, Any]]:
+    """The run's command: its trainer, its module, and the arguments of ``fit``.
 
     Args:
         plan: What it is made of.
         root: Where it writes.
-        at: The number of the hook that ends it; None to let it end by itself.
-        kind: How it is ended: see `stopper`.
+        stop: What ends it, or lets it end by itself.
     """
-    stop = stopper(at, kind)
     plugin = {"own": OwnIO, "async": AsyncCheckpointIO, "torch": TorchCheckpointIO}.get(plan["io"])
     strategy: Any = {"subclass": Plain, "overridden": Overridden}.get(plan["strategy"])
     interval = {"always": timedelta(0), "never": timedelta(days=9)}.get(
         plan["val_interval"], plan["val_interval"]
     )
+    callbacks = callbacks_of(plan, root)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         default_root_dir=root,
         logger=loggers_of(plan, root),
         strategy=strategy("cpu") if strategy else "auto",
-        callbacks=[stop, *callbacks_of(plan, root)],
+        callbacks=[*callbacks, stop] if plan["stopper_last"] else [stop, *callbacks],
         plugins=AsyncCheckpointIO(OwnIO()) if plan["io"] == "async own" else plugin and plugin(),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -59,6 +58,7 @@ def make(
         max_time=plan["max_time"],
         log_every_n_steps=plan["log_every"],
         min_steps=plan["min_steps"],
+        exact=plan["exact"],
         accumulate_grad_batches=1 if plan["accumulate"] == "scheduled" else plan["accumulate"],
         gradient_clip_val=0.05 if plan["clip"] else None,
         gradient_clip_algorithm="value" if plan["clip"] == "value" else None,
@@ -80,4 +80,4 @@ def make(
             "train_dataloaders": train_data(plan),
             "val_dataloaders": val_data(plan) if plan["val"] else None,
         }
-    return trainer, module, stop, arguments
+    return trainer, module, arguments

@@ -4,11 +4,11 @@ Each test trains a small case whole, saving at its safe points, and then starts 
 with a fresh model whose weights and generators are different. What must be equal: every row seen, augmented
 input, loss, logged value and hook from there on; the final weights; the whole final checkpoint, which holds
 the optimizer, the schedulers, the scaler and the callbacks; and the numbers that each generator draws next.
+What other trainers are known to have got wrong has tests of its own: test_known_failures.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,9 @@ import holdfast
 
 from .cases import Case, module_class, train_loader
 from .harness import (
-    assert_continues,
     assert_resumes_exactly,
-    everywhere,
     one_inside,
-    run,
     spread,
-    tape_difference,
 )
 from .tape import Tape
 
@@ -56,7 +52,7 @@ CASES = {
     "dropout": Case(dropout=True),
     "batch norm": Case(batch_norm=True),
     "everything random": Case(**RANDOM, optimizer="adam", own_generator=True),
-    # schedulers (PITFALLS: the traces of the learning rate are in the optimizers of the final checkpoint)
+    # schedulers: the learning rate is in the optimizers of the final checkpoint
     "OneCycleLR each step": Case(scheduler="onecycle"),
     "StepLR each epoch": Case(scheduler="step"),
     "MultiStepLR every second step": Case(scheduler="multistep"),
@@ -114,80 +110,6 @@ def test_resumes_exactly(case: Case, tmp_path: Path) -> None:
     assert_resumes_exactly(case, tmp_path)
 
 
-class TestStopAtEveryStep:
-    """PITFALLS 1 and 13: every place of two epochs, epoch ends and validation in the middle included."""
-
-    def test_with_everything_random(self, tmp_path: Path) -> None:
-        half = {"val_check_interval": 0.5}
-        case = Case(**RANDOM, scheduler="onecycle", validation="shuffled", trainer=half)
-        whole = assert_resumes_exactly(case, tmp_path, everywhere)
-        assert len(whole.of_kind("batch")) >= 12, (
-            "the two epochs have 8 batches each, some saved for validation"
-        )
-        assert whole.of_kind("epoch")
-
-    def test_inside_accumulation_windows_that_do_not_divide_the_epoch(self, tmp_path: Path) -> None:
-        """PITFALLS 7: 8 batches in windows of 3; the last window of an epoch is short."""
-        case = Case(dropout=True, trainer={"accumulate_grad_batches": 3})
-        assert_resumes_exactly(case, tmp_path, everywhere)
-
-
-class TestSeveralResumes:
-    """PITFALLS 2: a second and a third resume inside one epoch stay aligned."""
-
-    @pytest.mark.parametrize("stops", [(2, 4, 6), (1, 2, 3), (3, 11, 13)], ids=str)
-    def test_in_a_row(self, stops: tuple[int, ...], tmp_path: Path) -> None:
-        case = Case(**RANDOM, scheduler="onecycle", own_generator=True)
-        whole = run(case, tmp_path / "whole")
-        files = whole.files
-        for number in stops:
-            resumed = run(case, tmp_path / f"from-{number}", files[number])
-            assert_continues(whole, resumed, number)
-            files = resumed.files
-
-    def test_a_file_saved_at_once_after_a_resume_is_the_file_resumed_from_one_step_later(
-        self, tmp_path: Path
-    ) -> None:
-        """PITFALLS 5: the position is neither ahead nor behind, however often it is carried over."""
-        case = Case(**RANDOM)
-        whole = run(case, tmp_path / "whole")
-        files = whole.files
-        for number in range(1, len(whole.files)):
-            resumed = run(case, tmp_path / f"from-{number}", files[number])
-            assert min(resumed.files) == number + 1
-            files = resumed.files
-        assert_continues(whole, resumed, number)
-
-
-class TestEndOfEpochs:
-    """PITFALLS 3 and 6: the next epoch's own order, no epoch skipped or run twice."""
-
-    def test_each_epoch_end_of_four(self, tmp_path: Path) -> None:
-        case = Case(rows=12, trainer={"max_epochs": 4})
-        whole = assert_resumes_exactly(case, tmp_path, lambda outcome: outcome.of_kind("epoch"))
-        orders = [event[2] for event in whole.tape if event[0] == "trained"]
-        epochs = [orders[start : start + 3] for start in range(0, 12, 3)]
-        assert len({tuple(epoch) for epoch in epochs}) == 4, (
-            "the order of the rows differs from epoch to epoch"
-        )
-        assert all(sorted(sum(epoch, ())) == list(range(12)) for epoch in epochs)
-
-    def test_the_file_of_a_finished_run_trains_nothing_more(self, tmp_path: Path) -> None:
-        case = Case(**VALIDATED)
-        whole = run(case, tmp_path / "whole")
-        last = max(whole.files)
-        resumed = run(case, tmp_path / "again", whole.files[last], save=False)
-        assert "trained" not in {event[0] for event in resumed.tape}
-        assert_equal_weights(whole.weights, resumed.weights)
-
-    def test_the_file_of_a_finished_run_goes_on_with_more_epochs(self, tmp_path: Path) -> None:
-        longer = {"max_epochs": 3}
-        whole = run(Case(**VALIDATED, trainer=longer), tmp_path / "whole")
-        short = run(Case(**VALIDATED), tmp_path / "short")
-        resumed = run(Case(**VALIDATED, trainer=longer), tmp_path / "on", short.files[max(short.files)])
-        assert_continues(whole, resumed, max(short.files))
-
-
 class TestValidationPlaces:
     """Files saved when validation ended, in the middle of an epoch and at its end."""
 
@@ -196,60 +118,6 @@ class TestValidationPlaces:
         case = Case(**RANDOM, validation="drawing", trainer={"val_check_interval": interval})
         whole = assert_resumes_exactly(case, tmp_path, lambda outcome: outcome.of_kind("validation"))
         assert len(whole.of_kind("validation")) >= 2
-
-
-class TestBestAndPatience:
-    """PITFALLS 10: what callbacks count is in the file as of after the update."""
-
-    def test_early_stopping_stops_at_the_same_epoch(self, tmp_path: Path) -> None:
-        case = Case(
-            **VALIDATED,
-            early_stopping=True,
-            scheduler="step",
-            trainer={"max_epochs": 30, "log_every_n_steps": 50},
-        )
-        whole = assert_resumes_exactly(case, tmp_path, lambda outcome: outcome.of_kind("epoch"))
-        epochs = whole.tape.names("callback").count("on_train_epoch_start")
-        assert 2 < epochs < 30, "patience ran out before the epochs did"
-
-    def test_model_checkpoint_keeps_the_same_best(self, tmp_path: Path) -> None:
-        """Resumed in a copy of the run's directory, so that the best files of before are there."""
-        case = Case(**VALIDATED, best_k=2, trainer={"max_epochs": 4})
-        whole = run(case, tmp_path / "whole")
-        names = sorted(path.name for path in (tmp_path / "whole" / "best").iterdir())
-        assert len(names) == 3 and "last.ckpt" in names
-        early = run(Case(**VALIDATED, best_k=2, trainer={"max_epochs": 2}), tmp_path / "early")
-        for number in (max(early.files), early.of_kind("batch")[-2]):
-            place = tmp_path / f"from-{number}"
-            shutil.copytree(tmp_path / "early", place)
-            resumed = run(case, place, place / "points" / f"{number:03d}.ckpt")
-            assert sorted(path.name for path in (place / "best").iterdir()) == names
-            assert_continues(whole, resumed, number)
-
-
-WORKER_CASES = {
-    "workers": Case(**RANDOM, workers=2),
-    "persistent workers": Case(**RANDOM, workers=2, persistent=True),
-}
-
-
-class TestWorkers:
-    """PITFALLS 4 and 5: a prefetched batch counts when it is trained on; augmentation is the batch's own."""
-
-    @pytest.mark.parametrize("case", WORKER_CASES.values(), ids=WORKER_CASES.keys())
-    def test_resumes_exactly(self, case: Case, tmp_path: Path) -> None:
-        assert_resumes_exactly(case, tmp_path, one_inside)
-
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_the_number_of_workers_changes_nothing(self, workers: int, tmp_path: Path) -> None:
-        alone = run(Case(**RANDOM), tmp_path / "alone", save=False)
-        helped = run(Case(**RANDOM, workers=workers), tmp_path / "helped", save=False)
-        assert tape_difference(list(alone.tape), list(helped.tape)) is None
-
-    def test_resumes_with_another_number_of_workers(self, tmp_path: Path) -> None:
-        whole = run(Case(**RANDOM), tmp_path / "whole")
-        resumed = run(Case(**RANDOM, workers=2), tmp_path / "from-5", whole.files[5], save=False)
-        assert_continues(whole, resumed, 5)
 
 
 class TestTheSameCommand:
@@ -326,28 +194,3 @@ class TestStreams:
     def test_with_augmentation_that_draws(self, tmp_path: Path) -> None:
         case = Case(iterable=True, shuffle=False, augment=("torch", "numpy", "random"))
         assert_resumes_exactly(case, tmp_path, spread)
-
-
-class TestValidationDoesNotShiftTraining:
-    """PITFALLS 4: a validation loader that draws random numbers leaves training where it was."""
-
-    def test_rows_inputs_and_losses(self, tmp_path: Path) -> None:
-        plain = run(Case(**RANDOM, validation="plain"), tmp_path / "plain", save=False)
-        drawing = run(Case(**RANDOM, validation="drawing"), tmp_path / "drawing", save=False)
-        assert validated(plain) != validated(drawing), "the validation rows are augmented"
-        assert trained(plain) == trained(drawing)
-
-
-def trained(outcome: Any) -> list[Any]:
-    """Of each training batch: its index, its rows, the bits of the augmented inputs and of the loss."""
-    return [event for event in outcome.tape if event[0] == "trained"]
-
-
-def validated(outcome: Any) -> list[Any]:
-    """The same of each validation batch."""
-    return [event for event in outcome.tape if event[0] == "validated"]
-
-
-def assert_equal_weights(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert mine.keys() == theirs.keys()
-    assert all(mine[name].equal(theirs[name]) for name in mine)

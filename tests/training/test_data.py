@@ -240,3 +240,34 @@ class TestGenerators:
         with pytest.raises(pl.ConfigError) as refused:
             pl.seed_everything(-1)
         assert str(refused.value) == "seed_everything(-1): the seed must lie between 0 and 4294967295."
+
+
+class TestDescription:
+    """What `exactness` reads of a loader."""
+
+    def test_of_rows(self) -> None:
+        loader = DataLoader(Recorded(), batch_size=4, shuffle=True, num_workers=2, in_order=False)
+        assert stream_of(loader).describe() == {
+            "kind": "sought",
+            "loader": "DataLoader over Recorded",
+            "iterable": False,
+            "workers": 2,
+            "in_order": False,
+            "batch_size": 4,
+            "rows": 20,
+            "foreign_sampler": False,
+            "keeps_generators": False,
+        }
+
+    def test_of_a_list_of_batches(self) -> None:
+        assert stream_of([torch.zeros(1)]).describe() == {
+            "kind": "replayed",
+            "loader": "list",
+            "iterable": True,
+            "workers": 0,
+            "in_order": True,
+            "batch_size": None,
+            "rows": None,
+            "foreign_sampler": False,
+            "keeps_generators": False,
+        }

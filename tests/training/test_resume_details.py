@@ -268,7 +268,8 @@ def test_a_file_saved_inside_validation_does_not_bring_its_modes(tmp_path: Path)
 
     trainer(num_sanity_val_steps=0).fit(Saves(), rows(), rows())
     run = trainer(max_epochs=2)
-    run.fit(Saves(), rows(), rows(), ckpt_path=tmp_path / "inside.ckpt")
+    with pytest.warns(UserWarning, match="inside.ckpt was not taken at a safe point"):
+        run.fit(Saves(), rows(), rows(), ckpt_path=tmp_path / "inside.ckpt")
     assert run.global_step == 6
 
 
@@ -304,8 +305,10 @@ def test_another_batch_size_goes_on_at_the_same_row(tmp_path: Path) -> None:
         return model.seen
 
     assert run(4, None, 3) == list(range(12))
-    assert run(6, tmp_path / "step=3.ckpt", 9) == list(range(12, 24))
-    assert run(8, tmp_path / "step=3.ckpt", 9) == list(range(8, 24))
+    with pytest.warns(UserWarning, match="batch size of the training data: 4 -> 6"):
+        assert run(6, tmp_path / "step=3.ckpt", 9) == list(range(12, 24))
+    with pytest.warns(UserWarning, match="batch size of the training data: 4 -> 8"):
+        assert run(8, tmp_path / "step=3.ckpt", 9) == list(range(8, 24))
 
 
 class TestViewsBetweenRequests:

@@ -61,11 +61,13 @@ class TestSafePoint:
         run.save_checkpoint(tmp_path / "after.ckpt")
         assert not catalog.read_summary(tmp_path / "inside.ckpt").exact
         assert catalog.read_summary(tmp_path / "after.ckpt").exact
-        trainer().fit(Impatient(), rows(), ckpt_path=tmp_path / "inside.ckpt")
-        assert said[-1] == (
-            "this checkpoint was not taken at a safe point (or is not holdfast's): the run goes on from it, but not "
-            "bit-identical to one that never stopped"
-        )
+        with pytest.warns(UserWarning, match="Resumed") as warned:
+            trainer().fit(Impatient(), rows(), ckpt_path=tmp_path / "inside.ckpt")
+        assert [str(one.message) for one in warned] == [
+            "Resumed, this run is not bit for bit the one that never stopped:\n"
+            "  inside.ckpt was not taken at a safe point, but inside a hook or after an exception: what the "
+            "rest of that batch did is not in it. Go on from a checkpoint of ModelCheckpoint."
+        ]
 
     def test_plans_are_made_before_any_of_their_files(self, tmp_path: Path) -> None:
         # Each file holds the state of both callbacks after both saves, so a resume from either is the same.
@@ -315,7 +317,10 @@ class TestWhichFile:
 
         assert run(9).current_epoch == 2
         assert run(9).current_epoch == 2
-        assert said[-1].startswith("already done: the run was told to stop")
+        assert said[-1] == (
+            "already finished: EarlyStopping stopped the run (2 epochs, 6 steps are done): flat did not improve "
+            "once. The best was 1. Raise max_epochs or max_steps to train on."
+        )
         assert run(10).current_epoch == 3
 
 

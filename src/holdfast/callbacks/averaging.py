@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn, get_swa_multi_avg_fn
 
 from holdfast.errors import ConfigError
+from holdfast.utilities.wrapped_names import matched, plain_state
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
@@ -33,12 +35,50 @@ def averaged_copy(model: nn.Module, device: Any, who: str, **arguments: Any) -> 
         ConfigError: the model holds something that cannot be copied.
     """
     try:
-        return AveragedModel(model, device=device, **arguments)
+        with _computed_weights_detached(model):
+            return AveragedModel(model, device=device, **arguments)
     except (TypeError, RuntimeError) as error:
         raise ConfigError(
             f"{who} keeps a copy of {type(model).__name__}, which cannot be copied: {error}. "
             "Leave what cannot be copied out of its __getstate__."
         ) from error
+
+
+@contextmanager
+def _computed_weights_detached(model: nn.Module) -> Iterator[None]:
+    """A context in which no tensor that a hook computes, such as the old weight_norm's, stands in the way.
+
+    Each forward computes it anew, in the copy too.
+    """
+    computed = [
+        (vars(part), name, value)
+        for part in model.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    for attributes, name, value in computed:
+        attributes[name] = value.detach()
+    try:
+        yield
+    finally:
+        for attributes, name, value in computed:
+            attributes[name] = value
+
+
+def load_average(average: AveragedModel, weights: Mapping[str, Any], *, strict: bool) -> None:
+    """Give the copy the average that a checkpoint holds, whether or not the model was compiled then."""
+    copied = average.module
+    copied.load_state_dict(matched(weights, copied.state_dict(), copied), strict=strict)
+
+
+def average_state(average: AveragedModel) -> Mapping[str, Any]:
+    """The average for a checkpoint, under the names of a model that is not compiled."""
+    return plain_state(average.module.state_dict(), average.module)
+
+
+def say_averaged(checkpoint: dict[str, Any]) -> None:
+    """Write into a checkpoint that its ``state_dict`` is an average, not the weights that train."""
+    checkpoint.setdefault("holdfast", {})["weights"] = "averaged"
 
 
 def is_built(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from holdfast.callbacks.base import Callback
 from holdfast.errors import CheckpointIncompatible, ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from holdfast.utilities.wrapped_names import plain_names
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
@@ -157,9 +158,10 @@ class BaseFinetuning(Callback):
         """Have the batch norms track as they did when the checkpoint was written."""
         if self._untracked is None:
             return
+        plain = plain_names(pl_module)
         for name, module in pl_module.named_modules():
             if isinstance(module, _BatchNorm):
-                module.track_running_stats = name not in self._untracked
+                module.track_running_stats = plain(name) not in self._untracked
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unfreeze what this epoch is to train."""
@@ -183,7 +185,8 @@ class BaseFinetuning(Callback):
             CheckpointIncompatible: A parameter in a group is not the model's.
         """
         state = (checkpoint.get("callbacks") or {}).get(self.state_key) or {}
-        parameters = dict(pl_module.named_parameters())
+        plain = plain_names(pl_module)
+        parameters = {plain(name): parameter for name, parameter in pl_module.named_parameters()}
         names = {id(parameter): name for name, parameter in parameters.items()}
         for index, optimizer in enumerate(trainer.optimizers):
             groups = state.get("internal_optimizer_metadata", {}).get(index)
@@ -206,16 +209,18 @@ class BaseFinetuning(Callback):
                     parameter.requires_grad |= not any(name in before for before in now)
 
     def _describe(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        plain = plain_names(pl_module)
+        names = {id(parameter): plain(name) for name, parameter in pl_module.named_parameters()}
         self._groups = {
             index: [
-                {**group, "params": [names.get(id(parameter)) for parameter in group["params"]]}
+                # The parameters first, as in a group that is new: torch puts them last when it loads one.
+                {"params": [], **group} | {"params": [names.get(id(one)) for one in group["params"]]}
                 for group in optimizer.param_groups
             ]
             for index, optimizer in enumerate(trainer.optimizers)
         }
         self._untracked = [
-            name
+            plain(name)
             for name, module in pl_module.named_modules()
             if isinstance(module, _BatchNorm) and not module.track_running_stats
         ]

@@ -256,6 +256,9 @@ class KeptCheckpoints(Checkpoint):
         )
 
     def _delete(self, trainer: Trainer, plan: CheckpointPlan) -> list[str]:
+        if trainer.preemption.cut_short:
+            # With more time the run goes on from before this, where those were still the best.
+            return []
         kept = {*plan.view.paths(), *plan.names}
         doomed = [path for path in plan.evict if path not in kept]
         deleted = [path for path in doomed if self._remove(trainer, path)]
@@ -291,13 +294,14 @@ class KeptCheckpoints(Checkpoint):
             also=present.paths(),
             recursive=self._has_subdirectories(),
             suffix=self.FILE_EXTENSION,
+            run=run,
         )
         if run is None:
             origin = lineage.describe(resumed_from)
             run = (origin.run if origin is not None else None) or lineage.new_run_id()
         if _protected(trainer) is None:
             given = lineage.give_missing_names(resumed_from, run, trainer.global_step)
-            found.update(lineage.describe_all("", also=given))
+            found.update(lineage.describe_all("", also=given, run=run))
         view = present.relocated(
             found,
             directory=self.dirpath,

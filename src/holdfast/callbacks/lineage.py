@@ -20,6 +20,7 @@ from holdfast.utilities.rank_zero import rank_zero_warn
 
 _OWNER = "owner:"
 _ON_EXCEPTION = "exception:"
+_STOPPED = "stopped:"
 _LONGEST_NAME_BYTES = 255  # of every file system in use
 
 
@@ -53,15 +54,49 @@ def exception_extra(state_key: str, *, run: str) -> dict[str, Any]:
     return {f"{_ON_EXCEPTION}{run}": {"callback": state_key}}
 
 
-def describe(path: str) -> Found | None:
-    """Read one file's tail; None when it isn't a whole checkpoint of ours."""
+def stopped_extra(run: str, path: str, batches: int) -> dict[str, Any]:
+    """Say in a file's summary that a run was stopped there, and under which name that is its own.
+
+    Args:
+        run: The run's id.
+        path: Where the file goes.
+        batches: How many batches are trained in it.
+    """
+    return {f"{_STOPPED}{run}": {"names": [os.path.basename(path)], "batches": batches}}
+
+
+def stopped_in(summary: Mapping[str, Any], name: str, run: str | None) -> int | None:
+    """Tell from a file's summary how many batches are in it; None unless ``run`` was stopped with it."""
+    owner = summary.get(f"{_STOPPED}{run}")
+    batches = owner.get("batches") if isinstance(owner, dict) and name in _names(owner) else None
+    return batches if isinstance(batches, int) else None
+
+
+def stopped_at(path: str, run: str | None) -> int | None:
+    """Do as `stopped_in` from the file's tail; None also when it isn't a whole checkpoint of ours."""
+    try:
+        summary = catalog.read_summary(path)
+    except (CheckpointError, OSError):
+        return None
+    return stopped_in(summary.values, os.path.basename(path), run)
+
+
+def describe(path: str, run: str | None = None) -> Found | None:
+    """Read one file's tail; None when it isn't a whole checkpoint of ours.
+
+    Args:
+        path: The file.
+        run: The run whose it is, if that is among those it is; others may have a file of this name elsewhere.
+    """
     try:
         summary = catalog.read_summary(path)
     except (CheckpointError, OSError):
         return None
     place, name = os.path.abspath(path), os.path.basename(path)
-    for key, owner in summary.values.items():
-        names = _names(owner) if key.startswith(_OWNER) else []
+    owners = [key for key in summary.values if key.startswith(_OWNER)]
+    for key in sorted(owners, key=lambda key: key != f"{_OWNER}{run}"):
+        owner = summary.values[key]
+        names = _names(owner)
         if name in names:
             score = _score(owner) if name == names[0] else None
             return Found(place, int(summary.step or 0), key.removeprefix(_OWNER), score)
@@ -107,7 +142,7 @@ def give_missing_names(path: str, run: str, step: int) -> list[str]:
     given = []
     if names and names[0] == os.path.basename(path):
         for name in (os.path.join(os.path.dirname(path), one) for one in names[1:]):
-            there = describe(name)
+            there = describe(name, run)
             if not os.path.lexists(name) or (there is not None and there.run == run and there.step < step):
                 commit.add_name(path, name)
                 given.append(name)
@@ -115,11 +150,17 @@ def give_missing_names(path: str, run: str, step: int) -> list[str]:
 
 
 def describe_all(
-    directory: str, *, also: Iterable[str] = (), recursive: bool = False, suffix: str = catalog.SUFFIX
+    directory: str,
+    *,
+    also: Iterable[str] = (),
+    recursive: bool = False,
+    suffix: str = catalog.SUFFIX,
+    run: str | None = None,
 ) -> dict[str, Found]:
     """Read the tails of all whole checkpoints ``*suffix`` under ``directory``, and of the files in ``also``.
 
-    Those that something else than holdfast wrote are there with no run and no score.
+    Those that something else than holdfast wrote are there with no run and no score; for ``run`` see
+    `describe`.
     """
     found: dict[str, Found] = {}
     paths = [os.path.abspath(path) for path in also]
@@ -127,7 +168,7 @@ def describe_all(
         entries = catalog.scan(directory, recursive=recursive, suffix=suffix)
         paths += [os.path.abspath(entry.path) for entry in entries]
     for path in dict.fromkeys(paths):
-        one = describe(path)
+        one = describe(path, run)
         if one is None:
             entry = catalog.entry(path)
             one = Found(path, step=0) if entry.foreign and entry.whole else None
@@ -212,7 +253,7 @@ class Claims:
         return f"{_ON_EXCEPTION}{self.run}" in summary.values and (summary.step or 0) <= self.step
 
     def _mine(self, path: str) -> Found | None:
-        found = describe(path)
+        found = describe(path, self.run)
         return found if found is not None and self.run is not None and found.run == self.run else None
 
 

@@ -51,7 +51,7 @@ class ModelCheckpoint(NamedCheckpoints):
             name where the file system allows it. "link" is accepted and means the same.
         save_top_k: How many of the best to keep; -1 for all, 0 for none. None, the default of 1.0, is 1.
         save_on_exception: When an exception ends the run, save what was trained since the last save, under
-            a name that no other file has.
+            a name that no other file has. Leaving at a safe point, as a signal makes it, is no exception.
         save_weights_only: Leave out everything that only resuming needs.
         mode: "min" or "max": which end of ``monitor`` is better.
         auto_insert_metric_name: Put ``name=`` before each value in the file name.

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 class OnExceptionCheckpoint(Checkpoint):
-    """Save when an exception ends a fit, a keyboard interrupt included, under a name that no file has.
+    """Save when an exception ends a fit, KeyboardInterrupt included, under a name that no file has.
 
     The exception was raised in the middle of something, so a run goes on from the file, but not bit-identical
     to one that never stopped; `ModelCheckpoint` saves where it is exact. Nothing is saved if nothing was
     trained since the fit began: the file that it went on from holds the same. Nothing deletes the file, and
-    ``ckpt_path="auto"`` takes it only where there is no exact one.
+    ``ckpt_path="auto"`` takes it only where there is no exact one. A run that a signal, or the first Ctrl-C,
+    made leave at a safe point has saved itself by then: that is no exception.
 
     Args:
         dirpath: Where to save.

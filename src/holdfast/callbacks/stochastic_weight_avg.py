@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.optim.swa_utils import SWALR, AveragedModel, get_swa_avg_fn
 
-from holdfast.callbacks.averaging import AverageFn, averaged_copy, exchange, is_built, wait_for_copy
+from holdfast.callbacks.averaging import (
+    AverageFn,
+    average_state,
+    averaged_copy,
+    exchange,
+    is_built,
+    load_average,
+    say_averaged,
+    wait_for_copy,
+)
 from holdfast.callbacks.base import Callback
 from holdfast.callbacks.batch_norm import keeps_statistics, renew_statistics
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from holdfast.utilities.wrapped_names import plain_state
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
@@ -45,7 +55,8 @@ class StochasticWeightAveraging(Callback):
 
     From the start epoch on, the learning rate goes to ``swa_lrs`` and stays there: torch's SWALR takes the
     scheduler's place. Training itself, validation and the checkpoint's ``state_dict`` have the weights that
-    train; the average is in this callback's state. Statistics of BatchNorm layers in training mode are
+    train; the average is in this callback's state, and ``load_from_checkpoint(path,
+    which_weights="averaged")`` takes it from there. Statistics of BatchNorm layers in training mode are
     computed anew for the average at the end: one pass of ``training_step`` over the training data, with a
     copy of the model and generators set aside, so that nothing else changes.
 
@@ -119,9 +130,7 @@ class StochasticWeightAveraging(Callback):
             self._make(pl_module)
         if self._loaded is not None:
             average = self._average_model or self._make(pl_module)
-            average.module.load_state_dict(
-                self._loaded["average_model_state"], strict=pl_module.strict_loading
-            )
+            load_average(average, self._loaded["average_model_state"], strict=pl_module.strict_loading)
             average.n_averaged.fill_(self._loaded["n_averaged"])
             self._loaded = None
 
@@ -172,12 +181,14 @@ class StochasticWeightAveraging(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the average and where the averaging stands; after training the weights that trained too."""
         average, finished = self._average_model, self._finished
-        copied = None if average is None else average.module.state_dict()
+        copied = None if average is None else average_state(average)
         state: dict[str, Any] = {
             "n_averaged": 0 if average is None else int(average.n_averaged),
             "latest_update_epoch": self._latest_update_epoch,
             "scheduler_state": None if self._scheduler is None else self._scheduler.state_dict(),
-            "average_model_state": copied if finished is None else finished.state_dict(),
+            "average_model_state": copied
+            if finished is None
+            else plain_state(finished.state_dict(), finished),
         }
         if finished is not None:
             state["current_model_state"] = copied
@@ -189,6 +200,19 @@ class StochasticWeightAveraging(Callback):
         # Before the first update too: what the average holds then is in every later file.
         if state_dict["average_model_state"] is not None:
             self._loaded = state_dict
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so where the model has the average by now."""
+        self.on_save_weights(trainer, pl_module, checkpoint)
+
+    def on_save_weights(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so where the model has the average by now."""
+        if self._finished is not None:
+            say_averaged(checkpoint)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

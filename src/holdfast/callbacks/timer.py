@@ -24,7 +24,8 @@ class Timer(Callback):
 
     The time of training is counted over all lives of a run: it is in the checkpoint, and a resumed run has
     only what is left. The trainer honours ``min_epochs`` and ``min_steps`` before it stops. Rank 0's clock
-    decides.
+    decides. Where training stops, it is saved as ``stopped.ckpt`` beside the other checkpoints, before the
+    epoch is cut short: started again with more time, the run goes on exactly from there.
 
     Args:
         duration: How long training may take: ``"DD:HH:MM:SS"``, a timedelta, or its arguments as a dict;
@@ -152,6 +153,7 @@ class Timer(Callback):
         if not over:
             return
         trainer.should_stop = True
+        trainer.preemption.time_is_up(trainer)
         if self._verbose and not self._told:
             rank_zero_info(
                 f"the time for training is up: {timedelta(seconds=int(elapsed_s))} of "

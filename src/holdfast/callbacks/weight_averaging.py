@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from holdfast.callbacks.averaging import averaged_copy, combining, exchange, is_built, wait_for_copy
+from holdfast.callbacks.averaging import (
+    average_state,
+    averaged_copy,
+    combining,
+    exchange,
+    is_built,
+    load_average,
+    say_averaged,
+    wait_for_copy,
+)
 from holdfast.callbacks.base import Callback
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_warn
 from holdfast.utilities.types import STEP_OUTPUT
+from holdfast.utilities.wrapped_names import buffers_of, put_buffers
 
 if TYPE_CHECKING:
     from holdfast.training.module import LightningModule
@@ -27,7 +37,8 @@ class WeightAveraging(Callback):
     """Keep an average of the weights: by default the mean over all steps; `should_update` chooses the steps.
 
     Validation runs on the average, checkpoints hold it under ``state_dict`` (and the weights that train under
-    ``current_model_state``), and it is what the model holds when training ends. Until the first update the
+    ``current_model_state``), and it is what the model holds when training ends.
+    ``load_from_checkpoint(path, which_weights="raw")`` takes those that train. Until the first update the
     average is the current weights. Integer and boolean buffers, such as counters, are never averaged, and
     what does not change, such as a mask of infinities, stays as it is to the bit.
 
@@ -60,7 +71,7 @@ class WeightAveraging(Callback):
 
     def _forget(self) -> None:
         self._average_model: AveragedModel | None = None
-        self._loaded: tuple[dict[str, Any], Tensor] | None = None
+        self._loaded: tuple[dict[str, Any], Tensor, dict[str, Any]] | None = None
         self._latest_update_step = 0
         self._swapped = self._ended = False
 
@@ -95,8 +106,9 @@ class WeightAveraging(Callback):
             self._make(pl_module)
         if self._loaded is not None:
             average = self._average_model or self._make(pl_module)
-            weights, count = self._loaded
-            average.module.load_state_dict(weights, strict=pl_module.strict_loading)
+            weights, count, buffers = self._loaded
+            load_average(average, weights, strict=pl_module.strict_loading)
+            put_buffers(average.module, buffers)
             average.n_averaged.copy_(count)
             self._loaded = None
 
@@ -156,20 +168,37 @@ class WeightAveraging(Callback):
         current = checkpoint["state_dict"]
         average = self._average_model
         if average is not None and self._swapped:
-            current = average.module.state_dict()
+            current = average_state(average)
         self.on_save_weights(trainer, pl_module, checkpoint)
         checkpoint["current_model_state"] = current
         checkpoint["averaging_state"] = {
             "n_averaged": torch.tensor(0) if average is None else average.n_averaged
         }
+        if average is not None:
+            self._save_buffers(average, checkpoint)
+
+    def _save_buffers(self, average: AveragedModel, checkpoint: dict[str, Any]) -> None:
+        """Write down the average's buffers of those that training changes and no state_dict holds."""
+        own: dict[str, Any] = checkpoint.get("holdfast", {})
+        of_model = own.get("model", {}).get("buffers", {})
+        if not of_model:
+            return
+        copies = {name: part._buffers[key] for name, part, key in buffers_of(average.module)}
+        of_copy = {name: copies[name] for name in of_model if name in copies}
+        if self._swapped:
+            of_model, of_copy = of_copy, of_model
+        own["model"]["buffers"], own["averaged_buffers"] = of_model, of_copy
 
     def on_save_weights(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Put the average under ``state_dict``: all that a file of weights only needs."""
         average = self._average_model
-        if average is not None and not self._swapped and average.n_averaged > 0:
-            checkpoint["state_dict"] = average.module.state_dict()
+        if average is None or average.n_averaged == 0:
+            return
+        say_averaged(checkpoint)
+        if not self._swapped:
+            checkpoint["state_dict"] = average_state(average)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -185,7 +214,8 @@ class WeightAveraging(Callback):
             return
         count = torch.as_tensor(checkpoint["averaging_state"]["n_averaged"])
         if count > 0:
-            self._loaded = checkpoint["state_dict"], count
+            buffers = checkpoint.get("holdfast", {}).get("averaged_buffers", {})
+            self._loaded = checkpoint["state_dict"], count, buffers
         checkpoint["state_dict"] = checkpoint["current_model_state"]
 
     # -- the average -----------------------------------------------------------------------------------------
@@ -218,10 +248,11 @@ class WeightAveraging(Callback):
         if average is None or average.n_averaged == 0:
             return
         wait_for_copy(trainer)
-        exchange(
-            [*average.module.parameters(), *average.module.buffers()],
-            [*model.parameters(), *model.buffers()],
-        )
+        exchange(list(average.module.parameters()), list(model.parameters()))
+        for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
+            # What training never changes, such as a mask, is not to look as if it did.
+            if mine.device != theirs.device or not torch.equal(mine, theirs):
+                exchange([mine], [theirs])
         self._swapped = not self._swapped
 
 

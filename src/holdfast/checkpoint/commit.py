@@ -128,8 +128,8 @@ def add_name(path: str, name: str, *, symlink: bool = True) -> str:
 
 def _link(path: str, name: str, source: int, symlink: bool, attempts: int = 2) -> str:
     kind, temporary = _linked_temporary(path, name, source, symlink)
-    crash_point("link-made")
     try:
+        crash_point("link-made")
         os.replace(temporary, name)
     except BaseException as error:
         with contextlib.suppress(OSError):

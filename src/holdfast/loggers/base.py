@@ -98,6 +98,15 @@ class Logger(ABC):
     def resume_in(self, version: int | str) -> None:
         """Go on in an existing ``version``; called before anything is written, if at all."""
 
+    def continues(self, state_dict: Mapping[str, Any]) -> bool:
+        """Tell whether what is there already was logged by the run that a checkpoint's state is of.
+
+        Asked where the user names both the checkpoint and the version. If so, the run goes on with
+        `resume_in` and `load_state_dict`, and what was logged after the checkpoint is dropped; that must
+        never be another run's. In doubt: False.
+        """
+        return False
+
 
 def rank_zero_experiment(fn: Callable[[L], Any]) -> Callable[[L], Any]:
     """Make an ``experiment`` property's function run on rank 0 alone; other ranks get a `DummyExperiment`."""

@@ -3,22 +3,25 @@
 Only whole rows reach the file: rows are buffered and appended in one write, and a new column writes the
 file anew beside the old one and replaces it. A checkpoint remembers how many rows were logged; going on
 from it cuts the file back to them, so that a run that was killed and resumed ends with the very file of a
-run that never stopped.
+run that never stopped. It remembers a checksum of these rows too: a file that does not begin with them is
+another run's, and is kept under another name.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import os
+import zlib
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from holdfast.checkpoint import commit
 from holdfast.loggers.base import rank_zero_experiment
 from holdfast.loggers.hparams_file import NAME_HPARAMS_FILE, named, write_hparams
-from holdfast.loggers.versioned import VersionedLogger
+from holdfast.loggers.versioned import VersionedLogger, sync_file
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 
@@ -29,12 +32,16 @@ class ExperimentWriter:
         log_dir: The directory of the version; `CSVLogger.experiment` makes it.
         keep_rows: How many rows of a metrics file that is already there to go on from; the rest is cut
             off at the first write. None moves such a file aside instead, as ``metrics-v1.csv``.
+        checksums: What `checksum_of` says of the first of these rows, and of all of them; a file that has
+            others is moved aside likewise. None takes them as they are.
     """
 
     NAME_HPARAMS_FILE = NAME_HPARAMS_FILE
     NAME_METRICS_FILE = "metrics.csv"
 
-    def __init__(self, log_dir: str, keep_rows: int | None = None) -> None:
+    def __init__(
+        self, log_dir: str, keep_rows: int | None = None, checksums: Sequence[int] | None = None
+    ) -> None:
         self.log_dir = log_dir
         self.hparams: dict[str, Any] = {}
         self.metrics: list[dict[str, Any]] = []
@@ -42,7 +49,11 @@ class ExperimentWriter:
         self.metrics_keys: list[str] = []
         """The file's columns, sorted."""
         self.rows_written = 0
+        self.checksums = [0, 0]
+        """Of the file's first row, and of all its rows."""
+        self._synced = 0
         self._keep_rows = keep_rows
+        self._expected = checksums
         self._started = False
 
     @property
@@ -80,9 +91,21 @@ class ExperimentWriter:
             kept = _read_rows(path)[: self.rows_written] if os.path.exists(path) else []
             _replace(path, _csv_text(keys, [*kept, *rows], header=True))
             self.metrics_keys = keys
-        self.rows_written += len(rows)
+        self._count(rows)
         # Rows are let go of only when they are in the file.
         self.metrics = []
+
+    def sync(self) -> None:
+        """Have the file on disk, as far as it was written."""
+        if self._synced != self.rows_written:
+            sync_file(self.metrics_file_path)
+            self._synced = self.rows_written
+
+    def _count(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if rows and not self.rows_written:
+            self.checksums[0] = checksum_of(rows[:1])
+        self.checksums[1] = checksum_of(rows, self.checksums[1])
+        self.rows_written += len(rows)
 
     def _start(self) -> None:
         """Settle, before the first write, what becomes of a file that is already there."""
@@ -97,12 +120,17 @@ class ExperimentWriter:
                 )
             return
         if self._keep_rows is None:
-            aside = _free_name(path)
-            os.rename(path, aside)
-            rank_zero_info(f"{path} of an earlier run is kept as {os.path.basename(aside)}")
+            rank_zero_info(f"{path} of an earlier run is kept as {_move_aside(path)}")
             return
         found = _read_rows(path)
         rows = found[: self._keep_rows]
+        if self._expected is not None and not _may_begin_with(rows, self._keep_rows, self._expected):
+            rank_zero_warn(
+                f"{path} does not begin with the {self._keep_rows} rows that were logged before the "
+                f"checkpoint: it is another run's, or was changed, and is kept as {_move_aside(path)}. A new "
+                "file begins with what is logged from here on."
+            )
+            return
         if len(rows) < self._keep_rows:
             rank_zero_warn(
                 f"{path} has {len(rows)} rows; the checkpoint was written after {self._keep_rows}. "
@@ -110,8 +138,10 @@ class ExperimentWriter:
             )
         # Columns that only the cut rows used go with them.
         self.metrics_keys = sorted(set().union(*rows))
-        self.rows_written = len(rows)
-        _replace(path, _csv_text(self.metrics_keys, rows, header=True))
+        self._count(rows)
+        text = _csv_text(self.metrics_keys, rows, header=True)
+        if text != _read(path):
+            _replace(path, text)
 
 
 class CSVLogger(VersionedLogger):
@@ -142,6 +172,7 @@ class CSVLogger(VersionedLogger):
         self._flushed_step = -1
         self._experiment: ExperimentWriter | None = None
         self._keep_rows: int | None = None
+        self._keep_checksums: list[int] | None = None
         self._resumed = False
 
     @property
@@ -150,7 +181,7 @@ class CSVLogger(VersionedLogger):
         """The writer behind this logger, with its directory made: so the next free version is another one."""
         if self._experiment is None:
             commit.make_directories(os.path.abspath(self.log_dir))
-            self._experiment = ExperimentWriter(self.log_dir, self._keep_rows)
+            self._experiment = ExperimentWriter(self.log_dir, self._keep_rows, self._keep_checksums)
         return self._experiment
 
     @rank_zero_only
@@ -180,17 +211,23 @@ class CSVLogger(VersionedLogger):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many rows belong to this moment, after writing them all out."""
-        # A checkpoint must not count rows that a kill can still lose.
+        # A checkpoint must not count rows that a kill or a power cut can still lose.
         self.save()
         # Where nothing was logged since a resume, the rows are those that the resume kept.
-        rows = (self._keep_rows or 0) if self._experiment is None else self._experiment.rows
-        return {"rows": rows, "version": self.version, "name": self.name}
+        rows, checksums = self._keep_rows or 0, self._keep_checksums
+        if self._experiment is not None:
+            rows, checksums = self._experiment.rows, list(self._experiment.checksums)
+            self._experiment.sync()
+        return {**self._place(), "rows": rows, "checksums": checksums}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the checkpoint's rows, if this is the version that they were written in."""
         # One that `resume_in` named is it, even if its directory was moved since.
         if self._resumed or (state_dict.get("name"), state_dict.get("version")) == (self.name, self.version):
-            self._keep_rows = int(state_dict["rows"])
+            # No rows at all are the beginning of any file. In a version that the user named, it may be
+            # another run's, and is not cut back but moved aside.
+            self._keep_rows = int(state_dict["rows"]) or (None if self._named else 0)
+            self._keep_checksums = state_dict.get("checksums")
             self._experiment = None
 
     def resume_in(self, version: int | str) -> None:
@@ -198,9 +235,55 @@ class CSVLogger(VersionedLogger):
         self._version = version
         self._resumed = True
         self._experiment = None
-        if self._keep_rows is None and os.path.exists(self.experiment.metrics_file_path):
-            self._keep_rows = len(_read_rows(self.experiment.metrics_file_path))
-        self._experiment = None
+        path = self._metrics_path()
+        if self._keep_rows is None and os.path.exists(path):
+            self._keep_rows = len(_read_rows(path))
+
+    def _begins_with(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether ``metrics.csv`` begins with the rows of the state, and no file that was moved aside does.
+
+        If several do, such as those of the same run started twice, whose they are cannot be told.
+        """
+        path, (stem, extension) = self._metrics_path(), os.path.splitext(self._metrics_path())
+        count, checksums = state_dict.get("rows"), state_dict.get("checksums")
+        if not count or checksums is None or not os.path.exists(path):
+            return False
+        paths = [path, *glob.glob(f"{glob.escape(stem)}-v*{extension}")]
+        begin = {one: _read_rows(one)[:count] for one in paths}
+        found = [
+            one for one, rows in begin.items() if len(rows) == count and checksum_of(rows) == checksums[1]
+        ]
+        return found == [path]
+
+    def _metrics_path(self) -> str:
+        return os.path.join(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
+
+
+def checksum_of(rows: Iterable[Mapping[str, Any]], before: int = 0) -> int:
+    """Return the CRC-32 of the rows as they are in a file, in whatever order its columns are.
+
+    Args:
+        rows: As they are logged, or as they are read.
+        before: That of the rows before these.
+    """
+    for row in rows:
+        cells = sorted((name, str(value)) for name, value in row.items() if value is not None)
+        before = zlib.crc32(repr([cell for cell in cells if all(cell)]).encode(), before)
+    return before
+
+
+def _may_begin_with(rows: Sequence[Mapping[str, Any]], count: int, checksums: Sequence[int]) -> bool:
+    """Whether rows may be the ``count`` ones that the checksums are of, or what is left of them."""
+    first, whole = checksums
+    if len(rows) == count:
+        return checksum_of(rows) == whole
+    return not rows or checksum_of(rows[:1]) == first
+
+
+def _move_aside(path: str) -> str:
+    aside = _free_name(path)
+    os.rename(path, aside)
+    return os.path.basename(aside)
 
 
 def _free_name(path: str) -> str:
@@ -222,12 +305,16 @@ def _csv_text(keys: list[str], rows: Iterable[Mapping[str, Any]], *, header: boo
 
 def _read_rows(path: str) -> list[dict[str, str]]:
     """Read every whole row; a last line without its end was cut short and is not one."""
-    with open(path, newline="", encoding="utf-8") as file:
-        text = file.read()
+    text = _read(path)
     whole = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(whole, newline=""))
     # DictReader puts cells without a column under None.
     return [{name: value for name, value in row.items() if name and value} for row in reader]
+
+
+def _read(path: str) -> str:
+    with open(path, newline="", encoding="utf-8") as file:
+        return file.read()
 
 
 def _append(path: str, text: str) -> None:

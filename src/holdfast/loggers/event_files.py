@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from holdfast.utilities.rank_zero import rank_zero_warn
 
@@ -36,16 +36,23 @@ def sizes(directory: str) -> dict[str, int]:
     return found
 
 
-def cut_back(directory: str, kept: Mapping[str, int]) -> None:
+def cut_back(directory: str, kept: Mapping[str, int], marks: Collection[str] | None = None) -> None:
     """Make the event files below ``directory`` those that `sizes` returned as ``kept``.
 
     What was written since is cut off, files that came since are removed. What is missing is said.
+
+    Args:
+        directory: Where the run logs.
+        kept: The files and their sizes at the moment to go back to.
+        marks: What the names of the run's own files hold: others that came since are another run's, and stay.
+            None for a run that marked none.
     """
     found = sizes(directory)
     for name, size in found.items():
         path = os.path.join(directory, name)
         if name not in kept:
-            os.remove(path)
+            if marks is None or marked([name], marks):
+                os.remove(path)
         elif size > kept[name]:
             os.truncate(path, kept[name])
     for name, size in kept.items():
@@ -54,6 +61,11 @@ def cut_back(directory: str, kept: Mapping[str, int]) -> None:
                 f"{os.path.join(directory, name)} has {found.get(name, 0)} bytes; it had {size} when the "
                 "checkpoint was written. The missing ones were lost before the resume."
             )
+
+
+def marked(names: Iterable[str], marks: Collection[str]) -> list[str]:
+    """Return the event files whose names hold one of the marks."""
+    return [name for name in names if any(mark in os.path.basename(name) for mark in marks)]
 
 
 def wait_for_a_later_name(directory: str) -> None:

@@ -26,12 +26,19 @@ _LONGEST_ARRAY = 1000
 
 
 def write_hparams(directory: str, values: Mapping[str, Any]) -> None:
-    """Write ``hparams.yaml`` whole, in the place of an older one."""
+    """Write ``hparams.yaml`` whole, in the place of an older one; one with the same values is left alone."""
     import yaml
 
-    text = yaml.safe_dump(plain(values), default_flow_style=False, sort_keys=False, allow_unicode=True)
-    with commit.replacing(os.path.join(directory, NAME_HPARAMS_FILE)) as replacement:
-        commit.write_all(replacement.fd, text.encode())
+    text = yaml.safe_dump(
+        plain(values), default_flow_style=False, sort_keys=False, allow_unicode=True
+    ).encode()
+    path = os.path.join(directory, NAME_HPARAMS_FILE)
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if file.read() == text:
+                return
+    with commit.replacing(path) as replacement:
+        commit.write_all(replacement.fd, text)
 
 
 def named(params: Mapping[str, Any] | Namespace | None) -> dict[str, Any]:

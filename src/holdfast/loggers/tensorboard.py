@@ -1,13 +1,16 @@
 """Metrics, hyperparameters and the graph as TensorBoard's event files, continued exactly by a resumed run.
 
-A checkpoint remembers how far each event file went; going on from it cuts them back to there and goes on in
-a new one. So a run that was killed and resumed shows the very points of a run that never stopped.
+A checkpoint remembers how far each event file went; going on from it cuts them back to there, when something
+is to be logged, and goes on in a new one. So a run that was killed and resumed shows the very points of a run
+that never stopped. The names of a run's event files hold a mark of the run, so that those of another run
+in the same directory are never touched.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import uuid
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
@@ -18,7 +21,7 @@ from holdfast.errors import ArgumentError, ConfigError
 from holdfast.loggers import event_files
 from holdfast.loggers.base import rank_zero_experiment
 from holdfast.loggers.hparams_file import NAME_HPARAMS_FILE, flat, named, plain, write_hparams
-from holdfast.loggers.versioned import VersionedLogger, expanded
+from holdfast.loggers.versioned import VersionedLogger, expanded, sync_file
 from holdfast.utilities.example_forward import unchanged
 from holdfast.utilities.nested import move_to_device
 from holdfast.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -79,6 +82,12 @@ class TensorBoardLogger(VersionedLogger):
         self._arguments = kwargs
         self._experiment: SummaryWriter | None = None
         self._resumed = False
+        self._marks = [_new_mark()]
+        """Of the run that this is, and of what user code may have logged before the run was known."""
+        self._keep: dict[str, int] | None = None
+        """The files to go back to, and their sizes, before anything is logged."""
+        self._keep_marks: list[str] | None = None
+        self._synced: dict[str, int] = {}
         self._graph_logged = False
         self._hp_metrics: list[tuple[str, int, float]] = []
         self._not_again: list[tuple[str, int, float]] = []
@@ -103,8 +112,13 @@ class TensorBoardLogger(VersionedLogger):
         # Its own file_writer is None after close(), which user code may have called.
         if self._experiment is None or self._experiment.file_writer is None:
             commit.make_directories(os.path.abspath(self.log_dir))
+            if self._keep is not None:
+                event_files.cut_back(self.log_dir, self._keep, self._keep_marks)
+                self._keep = None
             event_files.wait_for_a_later_name(self.log_dir)
-            self._experiment = _summary_writer()(log_dir=self.log_dir, **self._arguments)
+            suffix = f"{self._marks[0]}{self._arguments.get('filename_suffix', '')}"
+            arguments = {**self._arguments, "filename_suffix": suffix}
+            self._experiment = _summary_writer()(log_dir=self.log_dir, **arguments)
         return self._experiment
 
     @rank_zero_only
@@ -187,12 +201,20 @@ class TensorBoardLogger(VersionedLogger):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the event files go at this moment, after writing all events out."""
-        # A checkpoint must not count on points that a kill can still lose.
+        # A checkpoint must not count on points that a kill or a power cut can still lose.
         self.save()
+        # Where nothing was logged since a resume, the files are those that the resume kept.
+        files = dict(self._keep or {})
+        if self._keep is None:
+            files = event_files.sizes(self.log_dir)
+            grown = [name for name, size in files.items() if self._synced.get(name) != size]
+            for name in event_files.marked(grown, self._marks):
+                sync_file(os.path.join(self.log_dir, name))
+            self._synced = files
         return {
-            "version": self.version,
-            "name": self.name,
-            "files": event_files.sizes(self.log_dir),
+            **self._place(),
+            "files": files,
+            "run": self._marks[0],
             "graph": self._graph_logged,
             "hp_metrics": [list(point) for point in self._hp_metrics],
         }
@@ -203,11 +225,23 @@ class TensorBoardLogger(VersionedLogger):
         # One that `resume_in` named is it, even if its directory was moved since.
         if self._resumed or (state_dict.get("name"), state_dict.get("version")) == (self.name, self.version):
             self.finalize("interrupted")
-            event_files.cut_back(self.log_dir, state_dict["files"])
+            self._keep = dict(state_dict["files"])
+            mark = state_dict.get("run")
+            if mark is not None:
+                self._marks = list(dict.fromkeys([mark, *self._marks]))
+            # Before they were marked, whose files they are could not be told.
+            self._keep_marks = None if mark is None else self._marks
             self._graph_logged = bool(state_dict["graph"])
             self._hp_metrics = [(name, step, value) for name, step, value in state_dict["hp_metrics"]]
             # A run logs its hyperparameters when it starts, and that it does again.
             self._not_again = list(self._hp_metrics)
+
+    def _begins_with(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether the run's marked files are here, each at least as long as it was."""
+        mark, files = state_dict.get("run"), dict(state_dict.get("files") or {})
+        own = event_files.marked(files, [mark] if mark else [])
+        found = event_files.sizes(self.log_dir)
+        return bool(own) and all(found.get(name, -1) >= files[name] for name in own)
 
     @rank_zero_only
     def resume_in(self, version: int | str) -> None:
@@ -237,6 +271,10 @@ class TensorBoardLogger(VersionedLogger):
     def __getstate__(self) -> dict[str, Any]:
         # The writer's thread can neither be copied nor go to another process; a copy opens its own.
         return {**self.__dict__, "_experiment": None}
+
+
+def _new_mark() -> str:
+    return f".{uuid.uuid4().hex[:8]}"
 
 
 def _summary_writer() -> type[SummaryWriter]:

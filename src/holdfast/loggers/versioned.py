@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.checkpoint import commit
 from holdfast.errors import ConfigError
 from holdfast.loggers.base import Logger
 
@@ -42,6 +44,7 @@ class VersionedLogger(Logger):
         self._save_dir = directory
         self._name = name or ""
         self._version = version
+        self._named = version is not None
         self._prefix = prefix
 
     @property
@@ -72,6 +75,17 @@ class VersionedLogger(Logger):
         version = self.version
         return os.path.join(self.root_dir, version if isinstance(version, str) else f"version_{version}")
 
+    def continues(self, state_dict: Mapping[str, Any]) -> bool:
+        """Tell whether the version was named by the user, and begins with what ``state_dict`` counts on."""
+        return self._named and self._begins_with(state_dict)
+
+    def _begins_with(self, state_dict: Mapping[str, Any]) -> bool:
+        return False
+
+    def _place(self) -> dict[str, Any]:
+        """Return the part of the state that says where this logger writes."""
+        return {"version": self.version, "name": self.name, "log_dir": os.path.realpath(self.log_dir)}
+
     def _prefixed(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         if not self._prefix:
             return dict(metrics)
@@ -99,6 +113,22 @@ class VersionedLogger(Logger):
 def expanded(path: str | os.PathLike[str]) -> str:
     """Return the path with the home directory and environment variables put in."""
     return os.path.expandvars(os.path.expanduser(os.fspath(path).removeprefix("file://")))
+
+
+def sync_file(path: str) -> None:
+    """Have what was written to the file on disk; one that is gone is passed over.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            raise commit.storage_error(path, "fsync", error) from error
+        finally:
+            os.close(descriptor)
 
 
 def _next_version(root_dir: str) -> int:

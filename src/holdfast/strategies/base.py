@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from holdfast.checkpoint.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from holdfast.utilities.optimizer_state import load_optimizer_state
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -310,8 +311,9 @@ class Strategy(ABC):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Put a checkpoint's optimizer states into the optimizers."""
+        assert self._lightning_module is not None
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+            load_optimizer_state(optimizer, state, self._lightning_module, checkpoint["state_dict"])
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint. Ranks: all; only the one that speaks for all writes."""

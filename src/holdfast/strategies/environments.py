@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 from abc import ABC, abstractmethod
 
 from holdfast.errors import ConfigError
@@ -221,6 +222,56 @@ class SLURMEnvironment(ClusterEnvironment):
             return None
         found = os.environ.get("SLURM_JOB_ID", "")
         return int(found) if found.isdigit() else None
+
+    @staticmethod
+    def job_to_requeue() -> str | None:
+        """What SLURM calls the job that this process is in, a task of an array too; None outside of one."""
+        if SLURMEnvironment.job_id() is None:
+            return None
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        return f"{array}_{task}" if array and task else str(SLURMEnvironment.job_id())
+
+    def is_being_ended(self) -> bool:
+        """Whether SLURM says that the job is over already: somebody has cancelled it, or its time was up.
+
+        Blocks: until SLURM has answered, or for ten seconds; no answer means no.
+        """
+        job = self.job_to_requeue()
+        if job is None:
+            return False
+        command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
+        try:
+            answer = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10,
+                start_new_session=True,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return answer.stdout.strip() in ("CANCELLED", "COMPLETING", "TIMEOUT")
+
+    def requeue(self) -> str | None:
+        """Ask SLURM to start the job again; return why it does not, or None.
+
+        SLURM then ends this job: what has to be durable is so by now.
+
+        Blocks: until SLURM has answered, or for a minute.
+        """
+        job = self.job_to_requeue()
+        if job is None:
+            return "there is no job to requeue: SLURM_JOB_ID is not set, or the job is interactive"
+        command = ["scontrol", "requeue", job]
+        try:
+            # In a session of its own: who ends this process and its like leaves it alone.
+            answer = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+                start_new_session=True,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"`{' '.join(command)}` failed: {error}"
+        if answer.returncode == 0:
+            return None
+        said = (answer.stderr or answer.stdout).strip()
+        return f"`{' '.join(command)}` failed with code {answer.returncode}: {said}"
 
     @property
     def main_address(self) -> str:

@@ -39,30 +39,35 @@ class CombinedStream:
     Args:
         combined: The loader, in any mode but "sequential".
         stage: Part of the seed of each batch, as for `BatchStream`.
-        seed: The seed of the run.
-        rank: Rank of this process.
+        more: What else each `BatchStream` is given.
     """
 
     stateful = False
 
-    def __init__(self, combined: CombinedLoader, *, stage: str, seed: int, rank: int = 0) -> None:
+    def __init__(self, combined: CombinedLoader, *, stage: str, **more: Any) -> None:
         self.combined = combined
-        self._seed, self._rank = seed, rank
+        self._more = more
         self.loader = combined.iterables
         self.parts = [
-            BatchStream(loader, stage=stage, index=index, seed=seed, rank=rank)
+            BatchStream(loader, stage=stage, index=index, **more)
             for index, loader in enumerate(combined.flattened)
         ]
         self._epoch = 0
         self._begun = [0] * len(self.parts)
         """How often each was begun again in this epoch."""
         self._rounds: Rounds | None = None
+        self.limit: int | float = math.inf
+        """Rounds after which the loop stops reading an epoch."""
         self._before: list[tuple[int, int]] | None = None
         """While the loop is one batch ahead: how often each was begun, and its position, before that one."""
 
     def another(self, stage: str) -> CombinedStream:
         """A stream over the same loaders, with seeds of its own; this one stays where it is."""
-        return CombinedStream(self.combined, stage=stage, seed=self._seed, rank=self._rank)
+        return CombinedStream(self.combined, stage=stage, **self._more)
+
+    def describe(self) -> dict[str, Any]:
+        """What `BatchStream.describe` says of each loader."""
+        return {"kind": "combined", "parts": [part.describe() for part in self.parts]}
 
     def length(self) -> int | None:
         """Number of batches in an epoch, or None where the loaders cannot tell."""
@@ -109,7 +114,17 @@ class CombinedStream:
         """Begin an epoch, from 0, and return its batches."""
         self._epoch, self._before = epoch, None
         self._begun = [0] * len(self.parts)
-        return self._batches([part.start(epoch) for part in self.parts])
+        # They may all draw from the run's generators. Workers would ask a loader's sampler at once, and
+        # without them it is asked for the first batch: so that both draw alike, each step is done for all.
+        opened: list[Iterator[Any]] = []
+        for index, part in enumerate(self.parts):
+            self._limit(index)
+            part.begin(epoch)
+            opened += [] if part.seekable else [part.open()]
+        for part in self.parts:
+            part.draw()
+        others = iter(opened)
+        return self._batches([part.open() if part.seekable else next(others) for part in self.parts])
 
     def resume(
         self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool
@@ -125,14 +140,14 @@ class CombinedStream:
             return self.start(epoch)
         self._warn_of_sizes(saved)
         self._begun, taken = list(state["begun"]), list(state["taken"])
-        iterators = [
-            part.seek(epoch, taken[i], saved[i], nothing_left=nothing_left or at_end, again=self._begun[i])
-            for i, (part, at_end) in enumerate(zip(self.parts, state["at_end"], strict=True))
-        ]
         # Parts may share a generator, so each of these steps is done for all before the next one.
-        iterators = [part.catch_up(batches) for part, batches in zip(self.parts, iterators, strict=True)]
+        for i, (part, at_end) in enumerate(zip(self.parts, state["at_end"], strict=True)):
+            done = nothing_left or at_end
+            self._limit(i)
+            part.seek(epoch, taken[i], saved[i], nothing_left=done, again=self._begun[i])
         for part, own, at_end in zip(self.parts, saved, state["at_end"], strict=True):
             part.put_back(own, nothing_left=nothing_left or at_end)
+        iterators = [part.open() for part in self.parts]
         batches = self._batches(iterators)
         assert self._rounds is not None
         self._rounds.ended, self._rounds.at_end = list(state["ended"]), list(state["at_end"])
@@ -152,8 +167,14 @@ class CombinedStream:
         self._rounds = Rounds(iterators, self.combined.mode, self._again)
         return map(self.combined.unflatten, self._rounds)
 
+    def _limit(self, index: int) -> None:
+        """Tell a part how many of its batches are read, since it was begun last, until the epoch is over."""
+        rounds = min(self.limit, self.length() or math.inf)
+        self.parts[index].limit = rounds - self._begun[index] * (self.parts[index].length() or 0)
+
     def _again(self, index: int) -> Iterator[Any]:
         self._begun[index] += 1
+        self._limit(index)
         part = self.parts[index]
         batches = part.start(self._epoch, self._begun[index])
         if self._before is not None:
@@ -175,14 +196,19 @@ class CombinedStream:
             if taken == part.length():
                 next(iterator, None)
 
+    def leave(self) -> None:
+        """Be done with an epoch: the workers that it started end now."""
+        for part in self.parts:
+            part.leave()
+
     def close(self) -> None:
         """Stop the loaders' worker processes."""
         for part in self.parts:
             part.close()
 
 
-def make_stream(loader: Any, *, stage: str, index: int, seed: int, rank: int) -> BatchStream | CombinedStream:
-    """The stream that reads a loader."""
+def make_stream(loader: Any, *, stage: str, index: int, **more: Any) -> BatchStream | CombinedStream:
+    """The stream that reads a loader; see `BatchStream` for what it is given."""
     if isinstance(loader, CombinedLoader):
-        return CombinedStream(loader, stage=stage, seed=seed, rank=rank)
-    return BatchStream(loader, stage=stage, index=index, seed=seed, rank=rank)
+        return CombinedStream(loader, stage=stage, **more)
+    return BatchStream(loader, stage=stage, index=index, **more)

@@ -258,3 +258,10 @@ def ordered(callbacks: list[Callback]) -> list[Callback]:
 def root_directory(path: str | os.PathLike[str] | None) -> str:
     """``default_root_dir`` as an absolute path; the working directory when None."""
     return os.path.abspath(os.path.expanduser(os.fspath(path))) if path is not None else os.getcwd()
+
+
+def check_exact(value: str) -> str:
+    """Check ``Trainer(exact=...)``."""
+    if value not in ("warn", "require"):
+        raise ConfigError(f'Trainer(exact={value!r}) must be "warn" or "require".')
+    return value

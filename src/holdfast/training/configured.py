@@ -100,6 +100,13 @@ def _read_scheduler(given: Any, automatic: bool, monitor: str | None) -> LRSched
     if "scheduler" not in given:
         raise ConfigError('A scheduler\'s configuration has no key "scheduler".')
     config = LRSchedulerConfig(**{key: value for key, value in given.items() if key in fields})
+    for method in ("state_dict", "load_state_dict"):
+        if not callable(getattr(config.scheduler, method, None)):
+            raise ConfigError(
+                f"configure_optimizers returned a {type(config.scheduler).__name__} as a scheduler, which "
+                f"has no {method}(): no checkpoint could hold where it stands. Give it state_dict() and "
+                "load_state_dict()."
+            )
     config.reduce_on_plateau = config.reduce_on_plateau or isinstance(config.scheduler, ReduceLROnPlateau)
     if config.interval not in ("step", "epoch"):
         raise ConfigError(f'A scheduler\'s "interval" must be "step" or "epoch", found {config.interval!r}.')

@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler, Subset, TensorDataset
-from torch.utils.data.dataloader import default_collate
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from holdfast.errors import CheckpointIncompatible
-from holdfast.training import rng
+from holdfast.training import own_generators, replay, rng, workers
+from holdfast.training.batch_size import batch_size_of as batch_size_of
+from holdfast.training.loader_kinds import (
+    copy_of,
+    has_state,
+    is_known_sampler,
+    iterates_later,
+    never_draws,
+    way_of,
+)
+from holdfast.training.loader_state import LoaderState
 from holdfast.training.seeded import SeededSampler, draw_as_a_loader_does
 from holdfast.utilities.combined_loader import length_of
-
-
-def _never_draws(loader: DataLoader[Any]) -> bool:
-    """True for torch's own in-memory datasets with the default collate: nothing in their fetch is random."""
-    dataset: Any = loader.dataset
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    parts = dataset.datasets if type(dataset) is ConcatDataset else [dataset]
-    return all(type(part) is TensorDataset for part in parts) and loader.collate_fn is default_collate
-
-
-_AT_START = object()
-
-
-def _has_state(owner: Any) -> bool:
-    return hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")
 
 
 class BatchStream:
@@ -48,72 +39,99 @@ class BatchStream:
         index: Position of the loader among the stage's loaders; part of the seed.
         seed: The seed of the run.
         rank: Rank of this process; part of the seed.
+        shield: Signals that the loader's workers ignore; see `workers.signals_of_the_run`.
+        replaying: Told of data that has to be read again.
     """
 
-    def __init__(self, loader: Any, *, stage: str, index: int, seed: int, rank: int = 0) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        stage: str,
+        index: int,
+        seed: int,
+        rank: int = 0,
+        shield: tuple[int, ...] = (),
+        replaying: replay.Replaying = replay.silently,
+    ) -> None:
         self.loader = loader
+        self.way = way_of(loader)
+        """How it comes back to a position: "sought", "stateful" or "replayed"."""
+        self.seekable, self.stateful = self.way == "sought", self.way == "stateful"
         self.position = 0
-        self.workers = False
-        self.isolated = True
+        self.limit: int | float = float("inf")
+        """Batches after which the loop stops reading an epoch."""
         self.isolation = rng.Isolation()
         self.seed_base = 0
         self._seed_parts = (seed, stage, index, rank)
+        self._shield, self._replaying = shield, replaying
         self._iterable = loader
+        self._own = LoaderState(loader) if self.stateful else None
         self._begin: dict[str, Any] | None = None
         self._running: Any = None
-        self._position_state: Any = None
-        self._ended = False
-        """Whether the loader has said that its epoch is over."""
+        self._waiting: Iterator[Any] | None = None
         self._ahead = False
         """Whether the loop has fetched one batch more than it will have used."""
         self._order: SeededSampler | None = None
         self.rows: deque[list[Any]] | None = None
         """The dataset's rows of each batch on its way, oldest first; None unless `note_rows` was called."""
-        self.stateful = _has_state(loader)
-        self.seekable = False
+        self.workers = isinstance(loader, DataLoader) and loader.num_workers > 0
+        self.reads_here = isinstance(loader, DataLoader) and not self.workers and not self.stateful
+        """Whether generators of the dataset's own move in this process, batch by batch."""
+        self.isolated = not self.workers
         self.has_foreign_sampler = False
-        if isinstance(loader, DataLoader):
-            self.workers = loader.num_workers > 0
-            # A subclass with an __iter__ of its own may not ask the sampler that stands in for the user's.
-            own_iteration = type(loader).__iter__ is not DataLoader.__iter__
-            if not self.stateful and not own_iteration and not isinstance(loader.dataset, IterableDataset):
-                self.seekable = True
-                samplers = [s for s in self._samplers().values() if s is not loader]
-                self.has_foreign_sampler = not all(
-                    type(sampler).__module__.startswith("torch.utils.data.") for sampler in samplers
-                )
-                self.isolated = not self.workers and not _never_draws(loader)
-                self._iterable = self._seeded_copy(loader)
-            elif self.workers and not self.stateful:
-                self._iterable = self._restarted_copy(loader)
+        if self.seekable:
+            samplers = [sampler for sampler in self._samplers().values() if sampler is not loader]
+            self.has_foreign_sampler = not all(map(is_known_sampler, samplers))
+            self.isolated = not self.workers and not never_draws(loader)
+            self._iterable = self._seeded_copy(loader)
+        elif self.workers and not self.stateful:
+            self._iterable = copy_of(loader)
+            # They start anew in each epoch, from its seed: as they do after a resume.
+            self._iterable.__dict__["persistent_workers"] = False
+        if self.workers and not iterates_later(loader):
+            workers.shield(self._iterable, shield)
 
     def _seeded_copy(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        seeded = copy.copy(loader)
+        seeded: DataLoader[Any] = copy_of(loader)
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        # DataLoader forbids setting these after construction, since its own state would go stale; in a
-        # shallow copy that has not been iterated yet there is none.
         self._order = SeededSampler(getattr(loader, name), self)
         seeded.__dict__[name] = self._order
-        seeded.__dict__["_iterator"] = None
-        seeded.__dict__["generator"] = torch.Generator()
         return seeded
-
-    def _restarted_copy(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """A copy whose workers start anew in each epoch, from its seed: as they do after a resume."""
-        restarted = copy.copy(loader)
-        restarted.__dict__["_iterator"] = None
-        restarted.__dict__["persistent_workers"] = False
-        restarted.__dict__["generator"] = torch.Generator()
-        return restarted
 
     def another(self, stage: str) -> BatchStream:
         """A stream over the same loader, with seeds of its own; this one stays where it is."""
         seed, _, index, rank = self._seed_parts
-        return BatchStream(self.loader, stage=stage, index=index, seed=seed, rank=rank)
+        return BatchStream(self.loader, stage=stage, index=index, seed=seed, rank=rank, shield=self._shield)
 
     def length(self) -> int | None:
         """Number of batches in an epoch, or None where the loader cannot tell."""
         return length_of(self.loader)
+
+    def describe(self) -> dict[str, Any]:
+        """What an exact resume depends on: the way it is read, workers, order, rows, and what draws in it."""
+        loader = self.loader
+        dataset = getattr(loader, "dataset", None)
+        count = getattr(loader, "num_workers", 0)
+        return {
+            "kind": self.way,
+            "loader": replay.described(loader),
+            "iterable": not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset),
+            "workers": count,
+            "in_order": count == 0 or getattr(loader, "in_order", True),
+            "batch_size": getattr(loader, "batch_size", None),
+            "rows": None if dataset is None else length_of(dataset),
+            "foreign_sampler": self.has_foreign_sampler,
+            "keeps_generators": self.reads_here,
+        }
+
+    def samplers(self) -> list[Any]:
+        """The loader and every sampler that it draws from."""
+        return list(self._samplers().values())
+
+    def kept_generators(self) -> list[Any]:
+        """The generators of the data's own whose states are in a checkpoint."""
+        return [generator for _, generator in self._generators()]
 
     def note_rows(self) -> None:
         """From the next epoch on, keep the rows of each batch in ``rows``, where it has any."""
@@ -139,15 +157,22 @@ class BatchStream:
 
     def begin_state(self) -> dict[str, Any]:
         """What `start` needs to produce this epoch again: every generator and sampler it will draw from."""
-        state: dict[str, Any] = {"generators": rng.capture(), "own": {}, "samplers": {}}
+        state: dict[str, Any] = {"generators": rng.capture(), "samplers": {}}
+        state["own"] = {path: rng.state_of(generator) for path, generator in self._generators()}
         for path, owner in self._samplers().items():
-            for name, value in getattr(owner, "__dict__", {}).items():
-                own = rng.state_of(value)
-                if own is not None:
-                    state["own"][f"{path}.{name}"] = own
-            if owner is not self.loader and _has_state(owner):
+            if owner is not self.loader and has_state(owner):
                 state["samplers"][path] = copy.deepcopy(owner.state_dict())
         return state
+
+    def _generators(self) -> Iterator[tuple[str, Any]]:
+        """The generators of its own that the data draws from in this process, each by its path."""
+        for path, owner in self._samplers().items():
+            for name, value in getattr(owner, "__dict__", {}).items():
+                if own_generators.is_generator(value):
+                    yield f"{path}.{name}", value
+        if self.reads_here:
+            yield from own_generators.reachable(self.loader.dataset, "dataset")
+            yield from own_generators.reachable(self.loader.collate_fn, "collate_fn")
 
     def note_begin(self) -> None:
         """Remember the state that this epoch's order is about to be drawn from."""
@@ -156,31 +181,29 @@ class BatchStream:
 
     def restore_begin(self, state: dict[str, Any]) -> None:
         """Put the loader's own generators and samplers back (the global ones are the caller's)."""
+        if self._own is not None:
+            self._own.restore_between_epochs(state)
+        for path, generator in self._generators():
+            if path in state["own"]:
+                rng.set_state_of(generator, state["own"][path])
         for path, owner in self._samplers().items():
-            for name, value in getattr(owner, "__dict__", {}).items():
-                if f"{path}.{name}" in state["own"]:
-                    rng.set_state_of(value, state["own"][f"{path}.{name}"])
-            if path in state["samplers"] and _has_state(owner):
+            if path in state["samplers"] and has_state(owner):
                 owner.load_state_dict(state["samplers"][path])
-        if self.stateful and "loader" in state:
-            self.loader.load_state_dict(state["loader"])
-            self._ended = True
 
     def state(self, mid_epoch: bool) -> dict[str, Any]:
         """The data's part of a checkpoint; ``mid_epoch`` says that an epoch is under way."""
         now = self.begin_state()
         del now["generators"]
-        if self.stateful and self._ended:
-            # What it gives in the epoch after this one may depend on this one.
-            now["loader"] = self.loader.state_dict()
+        if isinstance(self.loader, DataLoader):
+            now["workers"] = self.loader.num_workers
+        now |= {} if self._own is None else self._own.between_epochs()
         state: dict[str, Any] = {"now": now, "batch_size": getattr(self.loader, "batch_size", None)}
         if mid_epoch:
             state["begin"] = self._begin
             state["ahead"] = self._ahead
-            if self.stateful:
-                ahead = self._position_state
-                if ahead is not _AT_START:
-                    state["loader"] = self.loader.state_dict() if ahead is None else ahead
+            if self._order is not None:
+                state["drawn"], state["ended"] = self._order.drawn, self._order.ended
+            state |= {} if self._own is None else self._own.in_epoch()
         return state
 
     # -- iterating -----------------------------------------------------------------------------------------
@@ -192,10 +215,19 @@ class BatchStream:
             epoch: The epoch.
             again: How often the data was begun in this epoch before: beside longer data it goes round.
         """
+        self.begin(epoch, again)
+        return self._batches(0)
+
+    def begin(self, epoch: int, again: int = 0) -> None:
+        """The first step of `start`: draw what a loader draws when it is iterated."""
         self._seed(epoch, again)
+        self._waiting = None
         self.position = 0
         self._begin = None
-        self._ended = self._ahead = False
+        self._ahead = False
+        if self._own is not None:
+            self._own.begin()
+        self.leave()
         if self._order is not None:
             self._order.sought = None
             # DataLoader draws one number from the run's generator for its workers: when they are started, so
@@ -203,7 +235,11 @@ class BatchStream:
             # copy draws its own from elsewhere; this one keeps the order of rows that torch gives for the
             # same seed.
             draw_as_a_loader_does(self.loader)
-        return self._batches(0)
+
+    def draw(self) -> None:
+        """A step between `begin` and `open`: draw the epoch's order now, not when a batch is asked for."""
+        if self._order is not None:
+            self._order.seek(0, ended=False)
 
     def resume(
         self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool
@@ -222,57 +258,76 @@ class BatchStream:
         Raises:
             CheckpointIncompatible: the data ended before ``position`` was reached.
         """
-        batches = self.seek(epoch, position, state, nothing_left=nothing_left)
-        batches = self.catch_up(batches)
+        self.seek(epoch, position, state, nothing_left=nothing_left)
         self.put_back(state, nothing_left=nothing_left)
-        return batches
+        return self.open()
 
     def seek(
         self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool, again: int = 0
-    ) -> Iterator[Any]:
+    ) -> None:
         """The first step of `resume`: draw the epoch's order again, and go to the position."""
         self._seed(epoch, again)
         self._begin = state["begin"]
         self._ahead = bool(state.get("ahead")) and not nothing_left
+        self._waiting = iter(())
         if nothing_left:
-            return iter(())
-        self.position = position if self.seekable else 0
+            return
         rng.restore(state["begin"]["generators"])
         self.restore_begin(state["begin"])
-        if self.stateful and "loader" in state:
-            self.loader.load_state_dict(state["loader"])
-        if self._order is not None:
-            if not state["begin"].get("loader_drew"):
-                draw_as_a_loader_does(self.loader)
-            self._order.seek()
-        # A loader with a state of its own stands at the position already.
-        batches = self._batches(position if self.stateful else 0)
-        if not self.seekable and not self.stateful:
+        if self._order is None:
+            self._waiting = self._read_up_to(position, state)
+            return
+        self.position, self._waiting = position, None
+        if not state["begin"].get("loader_drew"):
+            draw_as_a_loader_does(self.loader)
+        same_size = state.get("batch_size") == getattr(self.loader, "batch_size", None)
+        drawn = (state.get("drawn") if same_size else None) or position + self._ahead
+        self._order.seek(drawn, ended=same_size and bool(state.get("ended")))
+
+    def _read_up_to(self, position: int, state: dict[str, Any]) -> Iterator[Any]:
+        """The batches of a loader that is not sought, from the position on."""
+        own = self._own
+        stands_there = own is not None and own.fits(state["now"])
+        if own is not None:
+            own.begin()
+            if not stands_there:
+                own.warn_of_workers(state["now"], "is read again from the start of the epoch")
+            elif "loader" in state:
+                self.loader.load_state_dict(state["loader"])
+        batches = self._batches(position if stands_there else 0)
+        if not stands_there:
             self._replay(batches, position)
-        return batches
+        return batches if self.stateful else self._caught_up(batches)
 
     def _replay(self, batches: Iterator[Any], count: int) -> None:
         end = object()
-        for index in range(count):
+        for index in self._replaying(self.loader, self._seed_parts[2], count):
             if next(batches, end) is end:
                 raise CheckpointIncompatible(
                     f"The checkpoint is {count} batches into the epoch, but the training data ended after "
                     f"{index}. Give the run the data it was started with."
                 )
 
-    def catch_up(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The second step of `resume`: if the loop was one batch ahead, fetch that one."""
-        if self.stateful or not self._ahead:
+    def _caught_up(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; if the loop was one ahead, that one is fetched already."""
+        if not self._ahead:
             return batches
         end = object()
         first = next(batches, end)
         return iter(()) if first is end else itertools.chain((first,), batches)
 
     def put_back(self, state: dict[str, Any], *, nothing_left: bool) -> None:
-        """The last step of `resume`: what the loader owns and draws from goes on from where it was."""
+        """The second step of `resume`: what the loader owns and draws from goes on from where it was."""
         # Until it is fetched from, a loader with a state of its own may still need what that restored.
         if nothing_left or not self.stateful:
             self.restore_begin(state["now"])
+
+    def open(self) -> Iterator[Any]:
+        """The last step of `resume`: the batches from the position on."""
+        if self._waiting is None:
+            # Not before: workers that fetch ahead have the sampler draw ahead.
+            return self._caught_up(self._batches(0))
+        return self._waiting
 
     def _seed(self, epoch: int, again: int) -> None:
         self.seed_base = rng.derive(*self._seed_parts, epoch, *([again] if again else []))
@@ -282,29 +337,52 @@ class BatchStream:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 
+    def leave(self) -> None:
+        """Be done with an epoch: its workers end now, and not when they are forgotten."""
+        running, self._running = self._running, None
+        if running is not getattr(self._iterable, "_iterator", None) or not self._persistent():
+            workers.end(running)
+
+    def _persistent(self) -> bool:
+        return bool(getattr(self._iterable, "persistent_workers", False))
+
     def close(self) -> None:
         """Stop worker processes now; left to the garbage collector they hold memory, and seconds later."""
-        iterators: tuple[Any, ...] = (self._running, getattr(self._iterable, "_iterator", None))
-        for iterator in iterators:
-            if hasattr(iterator, "_shutdown_workers"):
-                iterator._shutdown_workers()
+        workers.end(self._running)
+        workers.end(getattr(self._iterable, "_iterator", None))
         self._running = None
         if self._iterable is not self.loader:
             self._iterable.__dict__["_iterator"] = None
+        else:
+            workers.unshield(self.loader)
 
     def _batches(self, first: int) -> Iterator[Any]:
         """The batches from the sampler's position on; or an iterable's, of which the next is ``first``."""
         if self.seekable:
             self._iterable.generator.manual_seed(self.seed_base)
-            self._running = iter(self._iterable)
+            self._running = workers.start(self._iterable)
             return self._leaving(self._running) if self.isolated else self._running
         if self._begin is None:
             self._begin = self.begin_state()
         if self._iterable is not self.loader:
             self._iterable.generator.manual_seed(self.seed_base)
             draw_as_a_loader_does(self.loader)
-        self._running = iter(self._iterable)
+        elif self._own is not None and isinstance(self.loader, DataLoader) and self.loader.generator is None:
+            draw_as_a_loader_does(self.loader)
+        self._running = self._started()
         return self._fetched(self._running, first)
+
+    def _started(self) -> Iterator[Any]:
+        """The iterator over a loader that is not sought."""
+        if self._own is None:
+            return workers.start(self._iterable)
+        # With a state to put back it may take another number of draws, which the run's generators are not to
+        # show: it draws from some of its own, as a DataLoader that has a generator does.
+        self.isolation.enter(rng.derive(self.seed_base, "start"))
+        try:
+            return workers.start(self._iterable)
+        finally:
+            self.isolation.leave()
 
     def _leaving(self, batches: Iterator[Any]) -> Iterator[Any]:
         leave = self.isolation.leave
@@ -320,17 +398,23 @@ class BatchStream:
     def _fetched(self, batches: Iterator[Any], index: int) -> Iterator[Any]:
         """An iterable's batches, the next of which is number ``index``; each is fetched in isolation."""
         base, isolation, begun_anew = self.seed_base, self.isolation, False
+        own = self._own
+        last = -1 if own is None else self.limit - 1
         while True:
+            if index == last and own is not None:
+                own.note_cut(rng.mix(base, index))
             isolation.enter(rng.mix(base, index))
             try:
                 batch = next(batches)
             except StopIteration:
-                if index == 0 and self.stateful and not begun_anew:
+                if index == 0 and own is not None and not begun_anew:
                     # Put back to the end of an epoch, it may take that for the end of this one.
                     begun_anew = True
-                    batches = self._running = iter(self._iterable)
+                    isolation.leave()
+                    batches = self._running = self._started()
                     continue
-                self._ended = True
+                if own is not None:
+                    own.ended = True
                 return
             finally:
                 isolation.leave()
@@ -349,34 +433,9 @@ class BatchStream:
         Args:
             at_start: It is the first, and the loader need not know yet that it begins again.
         """
-        if self.stateful:
-            self._position_state = _AT_START if at_start else self.loader.state_dict()
+        if self._own is not None:
+            self._own.note_position(at_start=at_start)
 
     def finish(self, batches: Iterator[Any]) -> None:
         """Let the loader do what it does behind its last batch: RandomSampler may draw once more."""
         next(batches, None)
-
-
-def batch_size_of(batch: Any) -> int:
-    """Rows in a batch: the first dimension of the first tensor in it, else of the first array; else 1."""
-    found = _first_dimension(batch, torch.Tensor)
-    if found is None:
-        numpy = sys.modules.get("numpy")
-        found = None if numpy is None else _first_dimension(batch, numpy.ndarray)
-    return 1 if found is None else found
-
-
-def _first_dimension(batch: Any, kind: type[Any]) -> int | None:
-    if isinstance(batch, kind):
-        return int(batch.shape[0]) if batch.ndim else 1
-    if isinstance(batch, dict):
-        batch = batch.values()
-    elif hasattr(batch, "__dataclass_fields__"):
-        batch = vars(batch).values()
-    elif not isinstance(batch, (list, tuple)):
-        return None
-    for part in batch:
-        found = _first_dimension(part, kind)
-        if found is not None:
-            return found
-    return None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holdfast.callbacks.prediction_writer import BasePredictionWriter
 from holdfast.errors import ConfigError
+from holdfast.training import workers
 from holdfast.training.combined import CombinedStream, as_one_loader, make_stream
 from holdfast.training.data import BatchStream
 from holdfast.training.hooks import bind, bind_step, call, profiled_items
@@ -125,9 +126,12 @@ class EvaluationLoop:
         elif combined is None:
             parts = []
         self.streams: list[BatchStream | CombinedStream] = [
-            make_stream(part, stage=self.prefix, index=i, seed=trainer.seed, rank=trainer.global_rank)
+            make_stream(
+                part, stage=self.prefix, index=i, seed=trainer.seed, rank=trainer.global_rank,
+                shield=workers.signals_of_the_run(trainer),
+            )
             for i, part in enumerate(parts)
-        ]
+        ]  # fmt: skip
         self._longest = 0
         each = [part for stream in self.streams for part in getattr(stream, "parts", [stream])]
         self.batches = [count_batches(one.length(), limit[0], limit[1]) for one in each]
@@ -257,6 +261,7 @@ class EvaluationLoop:
             return
         counts_steps = self.stage is RunningStage.VALIDATING and trainer.state.fn == "fit"
         batch_idx = -1
+        stream.limit = limit
         batches = profiled_items(trainer, _FETCHES[prefix], stream.start(number))
         for batch_idx, batch in enumerate(batches):
             if rows is not None:
@@ -282,6 +287,7 @@ class EvaluationLoop:
             self._log_step(results, batch_idx, counts_steps)
             if batch_idx + 1 >= limit:
                 break
+        stream.leave()
         self._longest = max(self._longest, batch_idx + 1)
         results.fx = None
 

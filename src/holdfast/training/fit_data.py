@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from holdfast.training import rng
+from holdfast.training import rng, workers
 from holdfast.training.combined import CombinedStream, make_stream
 from holdfast.training.data import BatchStream
 from holdfast.training.evaluation import EvaluationLoop, count_batches
 from holdfast.training.progress import RunningStage
+from holdfast.training.replay import Replay
 from holdfast.training.sources import in_order, processed
 from holdfast.training.validation_schedule import batches_between
+from holdfast.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
@@ -59,8 +61,12 @@ class FitData:
     def _make_stream(self) -> None:
         trainer = self.trainer
         loader = processed(trainer, self._ask("train"))
-        self.stream = make_stream(loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank)
+        self.stream = make_stream(
+            loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank,
+            shield=workers.signals_of_the_run(trainer), replaying=Replay(trainer),
+        )  # fmt: skip
         self.batches = count_batches(self.stream.length(), trainer.limit_train_batches, "limit_train_batches")
+        self.stream.limit = self.batches
         self.validation_interval = batches_between(
             trainer.val_check_interval, self.batches, trainer.check_val_every_n_epoch is None
         )
@@ -72,6 +78,18 @@ class FitData:
         if self.trainer.progress.epoch - self.asked["train"]["epoch"] >= self._reload_every:
             self.stream.close()
             self._make_stream()
+
+    def translate_position(self, saved: int | None) -> None:
+        """Batches of another size than ``saved``: go on at the same row, or at the batch that holds it."""
+        progress, now = self.trainer.progress, getattr(self.stream and self.stream.loader, "batch_size", None)
+        if not isinstance(saved, int) or not isinstance(now, int) or saved == now:
+            return
+        rows = progress.batch * saved
+        progress.batch = rows // now
+        rank_zero_info(
+            f"the batch size was {saved} and is {now}: the epoch goes on at batch {progress.batch}, "
+            f"row {progress.batch * now}; {rows} rows of it were done"
+        )
 
     # -- validation's ----------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from holdfast.checkpoint import origin
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.migrate import upgrade
 from holdfast.errors import CheckpointIncompatible
+from holdfast.training.averages import check_choice, chosen_weights
 from holdfast.training.declared import (
     as_declared,
     build_dataclass,
@@ -25,6 +26,7 @@ from holdfast.training.declared import (
 from holdfast.training.hooks import CheckpointHooks
 from holdfast.training.hparams import KWARGS, is_config, with_values
 from holdfast.training.hparams_file import read_hparams_file
+from holdfast.training.model_changes import make_room
 from holdfast.training.run import configure_model
 from holdfast.training.weights import load_weights
 from holdfast.utilities.parsing import AttributeDict
@@ -39,6 +41,7 @@ def build_from_checkpoint(
     hparams_file: str | os.PathLike[str] | None,
     strict: bool | None,
     overrides: Mapping[str, Any],
+    which_weights: str | None = None,
 ) -> Any:
     """`LightningModule.load_from_checkpoint`, and a datamodule's.
 
@@ -49,7 +52,9 @@ def build_from_checkpoint(
         hparams_file: Read instead of the saved hyperparameters.
         strict: Whether every key must match; None means the built module's ``strict_loading``.
         overrides: Arguments for ``__init__`` that win over the saved ones.
+        which_weights: As `averages.chosen_weights` takes it.
     """
+    check_choice(which_weights)
     title = origin.title(source)
     # A hook of the user's gets to see the checkpoint, and may want any part of it.
     shown = cls.on_load_checkpoint is not CheckpointHooks.on_load_checkpoint
@@ -71,11 +76,20 @@ def build_from_checkpoint(
             built.load_state_dict(payload[cls.__qualname__])
         return built
     configure_model(built)
+    payload["state_dict"] = chosen_weights(payload, which_weights, os.path.basename(title))
     built.on_load_checkpoint(payload)
     if strict is None:
         strict = built.strict_loading
     weights = payload["state_dict"]
-    load_weights(built, weights, strict=strict, source=os.path.basename(title))
+    changes = own.get("model") or {} if isinstance(own, Mapping) else {}
+    make_room(built, changes, weights)
+    load_weights(
+        built,
+        weights,
+        strict=strict,
+        source=os.path.basename(title),
+        omitted=changes.get("omitted_extra_states", ()),
+    )
     first = next((value for value in weights.values() if isinstance(value, Tensor)), None)
     return built.to(torch.device("cpu") if first is None else first.device)
 

@@ -51,6 +51,7 @@ class LoopView:
 
         @property
         def finished(self) -> bool: ...
+        def _epoch_has_to_end(self) -> bool: ...
 
     @property
     def max_epochs(self) -> int | None:
@@ -138,7 +139,8 @@ class LoopView:
         """Counts of training batches."""
         trainer, progress, index = self.trainer, self.trainer.progress, self.trainer.batch_idx
         fx, done = trainer.metrics.train.fx, progress.batch
-        if in_batch(fx) and done == index:
+        # With the hook of the batch before, the next one is still on its way to the device.
+        if in_batch(fx) and fx != "on_train_batch_end" and done == index:
             begun = index + (fx != "on_train_batch_start")
             counts = (index + 1, begun, done, done)
         else:
@@ -158,6 +160,11 @@ class LoopView:
         limit = self.max_epochs
         ended = limit not in (None, -1) and self.epoch_progress.current.processed >= (limit or 0)
         return ended or self.finished
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether the checkpoint that the run goes on from is that of a finished run."""
+        return self._resumed is not None and self.finished and not self._epoch_has_to_end()
 
     @property
     def restarting(self) -> bool:

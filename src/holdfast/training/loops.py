@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
-from holdfast.training import rng, state
+from holdfast.training import ended, exactness, rng, state
 from holdfast.training.combined import CombinedStream
 from holdfast.training.configured import step_schedulers
 from holdfast.training.data import BatchStream, batch_size_of
@@ -24,6 +24,7 @@ from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.fit_data import FitData
 from holdfast.training.hooks import bind, call, profile, profiled
 from holdfast.training.loop_view import LoopView
+from holdfast.training.model_changes import ModelChanges
 from holdfast.training.optimization import make_optimization
 from holdfast.training.progress import BATCH, END, START, VALIDATED, RunningStage
 from holdfast.training.saving import settle
@@ -59,6 +60,10 @@ class FitLoop(LoopView):
         self.data = FitData(trainer, load_train, load_val, resumed)
         self._resumed = resumed
         self._stopwatch: Stopwatch | None = None
+        self.command: dict[str, Any] = {}
+        """What the fit was started with; see `command.note`."""
+        self.changes: ModelChanges | None = None
+        """What training changes of the model besides its state_dict; watched once the model is set up."""
 
     def setup_data(self) -> None:
         """Make the training loader and count its batches; does nothing the second time."""
@@ -124,9 +129,10 @@ class FitLoop(LoopView):
         epochs_done = progress.epoch + (1 if progress.stage == END else 0)
         if trainer.max_epochs is not None and trainer.max_epochs != -1 and epochs_done >= trainer.max_epochs:
             return True
-        return trainer.should_stop and self._may_stop()
+        return trainer.should_stop and self.may_stop()
 
-    def _may_stop(self) -> bool:
+    def may_stop(self) -> bool:
+        """Whether ``min_epochs`` and ``min_steps`` are done."""
         trainer, progress = self.trainer, self.progress
         epochs_done = progress.epoch + (progress.stage == END)
         return epochs_done >= (trainer.min_epochs or 0) and progress.global_step >= (trainer.min_steps or 0)
@@ -135,8 +141,8 @@ class FitLoop(LoopView):
         """Whether the run was killed after its last batch, and before the end of that batch's epoch."""
         progress = self.progress
         mid_epoch = self._resumed is not None and progress.stage in (BATCH, VALIDATED)
-        # With other limits than then, it is a run that had trained on.
-        return mid_epoch and progress.limits == state.limits_of(self.trainer)
+        # With another max_epochs or max_steps than then, it is a run that had trained on.
+        return mid_epoch and progress.limits[:2] == state.limits_of(self.trainer)[:2]
 
     def run(self) -> None:
         """Train from where the progress stands until a limit is reached."""
@@ -148,12 +154,7 @@ class FitLoop(LoopView):
         only_ends = self.finished and self._epoch_has_to_end()
         if self.finished and not only_ends:
             self.setup_data()
-            reason = "the run was told to stop" if trainer.should_stop else "a limit is reached"
-            epochs = progress.epoch + (progress.stage == END)
-            rank_zero_info(
-                f"already done: {reason} (max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
-                f"{epochs} epochs, {progress.global_step} steps are done). Raise the limit to train on."
-            )
+            rank_zero_info(ended.why_finished(trainer))
             self._stand_where_it_ended()
             return
         self.setup_data()
@@ -163,11 +164,13 @@ class FitLoop(LoopView):
         trainer.state.stage = RunningStage.TRAINING
         if trainer.enable_validation and not self.data.validation_waits:
             self.data.make_validation()
+        exactness.before_first_batch(trainer, self._resumed)
         # On a resume it is called anew, and so are its logs.
         trainer.metrics.train.drop("on_train_start")
         call(trainer, "on_train_start")
         trainer.metrics.show_start()
         self._prepare()
+        trainer.preemption.leave_untrained(trainer)
         # A hook may have said to stop already.
         while only_ends or not self.finished:
             only_ends = False
@@ -179,7 +182,7 @@ class FitLoop(LoopView):
 
     def _stand_where_it_ended(self) -> None:
         """Put back all that a finished run's checkpoint holds, so that it can be saved again as it is."""
-        progress, resumed = self.progress, self._resumed
+        progress, resumed, self._resumed = self.progress, self._resumed, None
         self.trainer.batch_idx = max(progress.batch - 1, 0)
         if self.trainer.enable_validation and not self.data.validation_waits:
             self.data.make_validation()
@@ -219,8 +222,10 @@ class FitLoop(LoopView):
             assert resumed is not None
             self.accumulate = trainer.accumulate_grad_batches
             batches = self._resume_in_epoch(resumed)
+            trainer.preemption.leave_untrained(trainer)
             done = progress.batch
             trainer.batch_idx = done - 1
+            trainer.metrics.train.fx = "on_train_batch_end"  # the hook that ran last
             is_last = done >= self.batches
             if math.isinf(self.batches):
                 assert self.stream is not None
@@ -261,26 +266,11 @@ class FitLoop(LoopView):
             # Another maker's file: the position is known, the order of the rows is not.
             begin = self.stream.begin_state()
             data = {"begin": begin, "now": begin}
-        self._translate_position(data.get("batch_size"))
+        self.data.translate_position(data.get("batch_size"))
         nothing_left = nothing_left or progress.batch >= self.batches
         batches = self.stream.resume(progress.epoch, progress.batch, data, nothing_left=nothing_left)
         state.restore_run(self.trainer, resumed)
         return batches
-
-    def _translate_position(self, saved: int | None) -> None:
-        """Batches of another size: the position is the same row, or the first of the batch that holds it."""
-        progress, now = (
-            self.progress,
-            getattr(self.stream.loader if self.stream else None, "batch_size", None),
-        )
-        if not isinstance(saved, int) or not isinstance(now, int) or saved == now:
-            return
-        rows = progress.batch * saved
-        progress.batch = rows // now
-        rank_zero_info(
-            f"the batch size was {saved} and is {now}: the epoch goes on at batch {progress.batch}, "
-            f"row {progress.batch * now}; {rows} rows of it were done"
-        )
 
     def _run_batches(self, batches: Iterator[Any]) -> None:
         trainer, progress = self.trainer, self.progress
@@ -297,6 +287,7 @@ class FitLoop(LoopView):
         watched = self.validates_this_epoch or self.step_plateaus or trainer.max_steps != -1
         fetch = profiled(trainer, "[_TrainingEpochLoop].train_dataloader_next", next)
         batch = fetch(batches, _NO_BATCH)
+        trainer.preemption.leave_untrained(trainer)
         while batch is not _NO_BATCH:
             trainer.batch_idx = index
             # Only data that cannot tell its length has to be asked for one batch more to know the last one.
@@ -329,7 +320,7 @@ class FitLoop(LoopView):
                 results.fx = "on_train_batch_end"
                 for hook in ends:
                     hook(outputs, batch, index)
-            if logs and steps and ((progress.batches_that_stepped + 1) % every == 0 or trainer.should_stop):
+            if logs and steps and ((progress.batches_that_stepped + 1) % every == 0 or self._stops_by_itself):
                 self._log_step()
             if trainer.save_requests:
                 self._count_samples(batch)
@@ -349,8 +340,9 @@ class FitLoop(LoopView):
             rank_zero_warn(f"The training loader promised {int(count)} batches and gave {index}.")
 
     def _count_samples(self, batch: Any) -> None:
-        # Batches of one epoch hold the same number of rows, but for the last.
-        self.progress.samples = self.progress.batch * batch_size_of(batch)
+        # Batches of one epoch hold the same number of rows, but for the last. There is none after a resume.
+        if batch is not None:
+            self.progress.samples = self.progress.batch * batch_size_of(batch)
 
     def _log_step(self) -> None:
         trainer = self.trainer
@@ -361,7 +353,11 @@ class FitLoop(LoopView):
 
     def _after_batch(self, index: int, is_last: bool, stepped: bool) -> bool:
         """What follows a batch and its safe point; returns whether the epoch is cut short here."""
-        trainer, progress = self.trainer, self.progress
+        trainer, progress, every = self.trainer, self.progress, self.trainer.log_every_n_steps
+        ends = trainer.preemption.time_over and trainer.should_stop and self.may_stop()
+        if ends and stepped and every and (progress.batches_that_stepped + 1) % every:
+            # Behind the file that a run with more time goes on from, which does not stop here.
+            self._log_step()
         if self.validates_this_epoch and self._validation_due(index, is_last):
             self._validate(stepped)
         if stepped:
@@ -370,12 +366,17 @@ class FitLoop(LoopView):
             progress.batches_that_stepped += 1
         progress.stage = VALIDATED
         if trainer.save_requests:
+            self._count_samples(trainer.metrics.train.batch)
             trainer.safe_point()
         return self._stops_here()
 
+    @property
+    def _stops_by_itself(self) -> bool:
+        return self.trainer.should_stop and not self.trainer.preemption.time_over
+
     def _stops_here(self) -> bool:
         trainer = self.trainer
-        if trainer.should_stop and self._may_stop():
+        if trainer.should_stop and self.may_stop():
             return True
         return trainer.max_steps != -1 and self.progress.global_step >= trainer.max_steps
 
@@ -386,7 +387,7 @@ class FitLoop(LoopView):
             return self._stopwatch.due()
         if is_last and math.isinf(interval):
             return True
-        if trainer.should_stop and self._may_stop():
+        if trainer.should_stop and self.may_stop():
             return True
         if math.isinf(interval):
             return False
@@ -409,6 +410,7 @@ class FitLoop(LoopView):
 
     def _end_epoch(self) -> None:
         trainer, progress, metrics = self.trainer, self.progress, self.trainer.metrics
+        self._count_samples(metrics.train.batch)
         metrics.train.batch = metrics.train.batch_size = None
         metrics.train.epoch_ended = True
         progress.full_epoch = progress.batch >= self.batches or math.isinf(self.batches)

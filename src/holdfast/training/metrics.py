@@ -8,31 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.training import metric_objects
 from holdfast.training.results import Entry, Results, as_tensor
-
-
-def metric_objects(module: nn.Module) -> dict[str, Any]:
-    """The TorchMetrics objects in a module, by path. Their states are in no ``state_dict`` by default."""
-    return {
-        path: child
-        for path, child in module.named_modules()
-        if hasattr(child, "_defaults") and hasattr(child, "_update_count") and hasattr(child, "compute")
-    }
-
-
-def _metric_state(metric: Any) -> dict[str, Any]:
-    return {
-        "states": {name: getattr(metric, name) for name in metric._defaults},
-        "updates": metric._update_count,
-    }
-
-
-def _restore_metric(metric: Any, saved: dict[str, Any], device: torch.device) -> None:
-    for name, value in saved["states"].items():
-        moved = value.to(device) if isinstance(value, Tensor) else [item.to(device) for item in value]
-        setattr(metric, name, moved)
-    metric._update_count = saved["updates"]
-    metric._computed = None
 
 
 class CallbackMetrics(dict[str, Tensor]):
@@ -157,7 +134,7 @@ class MetricStore:
 
     def state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Everything above, and the TorchMetrics objects in the module, for a checkpoint."""
-        objects = metric_objects(module)
+        objects = metric_objects.found_in(module)
         return {
             "callback": dict(self.callback),
             "logged": dict(self.logged),
@@ -165,15 +142,12 @@ class MetricStore:
             "versions": dict(self._published),
             "train": self.train.state_dict({id(metric): path for path, metric in objects.items()}),
             "train_ended": self.train.epoch_ended,
-            "objects": {path: _metric_state(metric) for path, metric in objects.items()},
+            **metric_objects.capture(module),
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device, module: nn.Module) -> None:
         """Put the views, the accumulators and the TorchMetrics objects back."""
-        objects = metric_objects(module)
-        for path, saved in state["objects"].items():
-            if path in objects:
-                _restore_metric(objects[path], saved, device)
+        objects = metric_objects.restore(module, state, device)
         for name in ("callback", "logged", "bar"):
             values = {key: value.to(device) for key, value in state[name].items()}
             getattr(self, name).clear()

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -342,6 +342,7 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, Hyper
         hparams_file: str | os.PathLike[str] | None = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
+        which_weights: Literal["averaged", "raw"] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Build the module a checkpoint was saved from and load its weights, every byte checked first.
@@ -356,6 +357,9 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, Hyper
             hparams_file: A .yaml or .csv file with hyperparameters to use instead of the saved ones.
             strict: Whether every key must match; None means the module's ``strict_loading``.
             weights_only: Accepted for Lightning's sake: opening a checkpoint never runs code.
+            which_weights: "averaged" or "raw", where a callback kept an average beside the weights that
+                train. None takes what is under ``state_dict``: with WeightAveraging the average, with
+                StochasticWeightAveraging the weights that train, and the average once training has ended.
             kwargs: Arguments of ``__init__`` that win over the saved ones.
 
         Raises:
@@ -363,10 +367,13 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, Hyper
             CheckpointIncomplete: it is not a whole checkpoint.
             CheckpointCorrupt: a byte of it is not what was written; the message names the tensor.
             CheckpointIncompatible: parameters are missing, unexpected or of another shape; all are listed.
+                Or it does not hold the weights that ``which_weights`` asks for.
         """
         from holdfast.training.loading import build_from_checkpoint
 
-        built: Self = build_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
+        built: Self = build_from_checkpoint(
+            cls, checkpoint_path, map_location, hparams_file, strict, kwargs, which_weights
+        )
         return built
 
     def __getstate__(self) -> dict[str, Any]:
@@ -374,4 +381,6 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, Hyper
         state = dict(self.__dict__)
         state["_trainer"] = None
         state["_results"] = None
+        # Nor what model.compile() made: it would call the original.
+        state.pop("_compiled_call_impl", None)
         return state

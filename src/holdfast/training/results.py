@@ -358,6 +358,13 @@ class Results:
         Args:
             paths: The path in the module of each TorchMetrics object, by its id; their states are not here.
         """
+        for entry in self.entries.values():
+            if entry.metric is not None and id(entry.metric) not in paths:
+                warn_once(
+                    ("metric elsewhere", entry.name),
+                    f"self.log({entry.name!r}, {type(entry.metric).__name__}): the metric is no attribute of "
+                    "the module, so what it has gathered is in no checkpoint. Make it one, in __init__.",
+                )
         return [
             {
                 "fx": fx,
@@ -377,7 +384,7 @@ class Results:
                 "metric": paths.get(id(entry.metric)),
             }
             for (fx, name, loader), entry in self.entries.items()
-            if entry.has_value
+            if entry.has_value and (entry.metric is None or id(entry.metric) in paths)
         ]
 
     def load_state_dict(

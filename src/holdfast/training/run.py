@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,13 +13,16 @@ import torch
 from holdfast.callbacks.base import Callback
 from holdfast.checkpoint import origin
 from holdfast.errors import ArgumentError, ConfigError
-from holdfast.training import configuration, state
+from holdfast.training import command, configuration, exactness, state
 from holdfast.training.configured import read_configuration
+from holdfast.training.continued_logs import continued
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.hooks import call, profiled
 from holdfast.training.hparams import HyperparametersMixin
 from holdfast.training.loops import FitLoop
+from holdfast.training.model_changes import ModelChanges
 from holdfast.training.optimizer import LightningOptimizer
+from holdfast.training.preemption import Preempted
 from holdfast.training.progress import RunningStage, TrainerFn, TrainerStatus
 from holdfast.training.requirements import (
     check_fit,
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WATCHERS: ContextVar[tuple[Callback, ...]] = ContextVar("watchers", default=())
+"""Callbacks that every fit gets besides its own: how `holdfast.testing` watches a run it did not write."""
+
 # What is asked -> (stage, kind of loader, the step that the module must have)
 _EVALUATIONS = {
     TrainerFn.VALIDATING: (RunningStage.VALIDATING, "val", "validation_step"),
@@ -47,11 +54,23 @@ _EVALUATIONS = {
 
 
 def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
-    """Run a request; whatever ends it, callbacks hear of it and loggers write out what they have."""
+    """Run a request; whatever ends it, callbacks hear of it and loggers write out what they have.
+
+    Raises:
+        Preempted: a signal has asked the fit to stop.
+    """
+    trainer.save_requests.clear()
+    if fn is not TrainerFn.FITTING:
+        return _guarded(trainer, fn, run)
+    with trainer.preemption.listening(trainer):
+        return _guarded(trainer, fn, run)
+
+
+def _guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
     trainer.state.fn, trainer.state.status = fn, TrainerStatus.RUNNING
     trainer.state.stage = RunningStage.TRAINING if fn is TrainerFn.FITTING else _EVALUATIONS[fn][0]
     trainer.should_stop = False
-    trainer.save_requests.clear()
+    trainer.finalized_loggers = []
     trainer.metrics.begin()
     try:
         result = run()
@@ -94,13 +113,16 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
         tell(name, callback.on_exception, trainer, trainer.lightning_module, error)
     if trainer.datamodule is not None:
         tell(f"{type(trainer.datamodule).__name__}.on_exception", trainer.datamodule.on_exception, error)
+    if trainer.preemption.ends_otherwise(trainer, error):
+        trainer.save_requests.clear()
     # Wherever it happened, it was not at a safe point.
     tell("saving it", lambda: trainer.safe_point(exact=False))
     tell("saving it", settle, trainer)
     tell(f"{type(trainer.strategy).__name__}.teardown", trainer.strategy.teardown)
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    status = "interrupted" if isinstance(error, (KeyboardInterrupt, Preempted)) else "failed"
     for logger in trainer.loggers:
-        tell(f"{type(logger).__name__}.finalize", logger.finalize, status)
+        if logger not in trainer.finalized_loggers:
+            tell(f"{type(logger).__name__}.finalize", logger.finalize, status)
 
 
 def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
@@ -113,6 +135,9 @@ def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
     trainer.datamodule = datamodule
     if datamodule is not None:
         datamodule.trainer = trainer
+    watchers = [one for one in WATCHERS.get() if one not in trainer.callbacks]
+    if watchers and trainer.state.fn is TrainerFn.FITTING:
+        trainer.callbacks = configuration.ordered([*trainer.callbacks, *watchers])
     own = model.configure_callbacks()
     own = [own] if isinstance(own, Callback) else list(own or [])
     if own:
@@ -149,6 +174,22 @@ def configure_model(model: LightningModule) -> None:
         model.configure_sharded_model()
     if is_overridden("configure_model", model):
         model.configure_model()
+
+
+def _close(trainer: Trainer, stage: TrainerFn) -> None:
+    """Finalize the loggers, each once, and tear down; one that fails keeps nobody else from it."""
+    problems: list[Exception] = []
+    for logger in trainer.loggers:
+        trainer.finalized_loggers.append(logger)
+        try:
+            logger.finalize("success")
+        except Exception as problem:
+            problems.append(problem)
+    _teardown(trainer, stage)
+    for other in problems[1:]:
+        rank_zero_warn(f"Another logger failed to finalize: {type(other).__name__}: {other}")
+    if problems:
+        raise problems[0]
 
 
 def _teardown(trainer: Trainer, stage: TrainerFn) -> None:
@@ -223,17 +264,20 @@ def fit(
     resolved = resolve(trainer, ckpt_path, for_fit=True)
     trainer.resumed_automatically = ckpt_path in ("auto", "last")
     _continue_in(trainer, resolved, ckpt_path)
-    if resolved is not None:
+    resumed = None if resolved is None else resolved.payload["holdfast"]
+    if resumed is not None:
         # Before anything can ask for a loader, whose batches are seeded from it.
-        trainer.seed = resolved.payload["holdfast"].get("seed", trainer.seed)
+        trainer.seed = resumed.get("seed", trainer.seed)
     # The hooks of setup may ask how many steps there will be.
     trainer.fit_loop = FitLoop(
         trainer,
         lambda: find_train_loader(trainer, train),
         lambda: find_loader(trainer, "val", val),
-        None if resolved is None else resolved.payload["holdfast"],
+        resumed,
     )
     _setup(trainer, TrainerFn.FITTING)
+    trainer.fit_loop.changes = ModelChanges(model)
+    trainer.preemption.leave_untrained(trainer)
     source = "" if resolved is None else os.path.basename(resolved.path)
     if resolved is not None:
         afresh = state.restore_model(trainer, resolved.payload, source)
@@ -245,25 +289,33 @@ def fit(
         model, trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
     )
     trainer.wrapped_optimizers = [LightningOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
+    trainer.fit_loop.command = command.note(trainer)
     if resolved is not None:
         state.restore_training(trainer, resolved.payload, source, afresh)
         state.describe_resume(trainer, resolved.payload, resolved.path, resolved.skipped)
+    trainer.preemption.begin(trainer, resumed)
+    if resolved is not None:
         # All of it is in place now, and optimizer state need not be in memory twice.
         resolved.payload.clear()
-    _open_loggers(trainer)
+    # A run that is already done leaves its logs as they are, unless a hook raises its limits.
+    done = trainer.fit_loop.nothing_left
+    if not done:
+        exactness.before_anything_is_written(trainer, resumed)
+        _open_loggers(trainer)
     watched: AbstractContextManager[Any] = (
         torch.autograd.set_detect_anomaly(True) if trainer.detect_anomaly else nullcontext()
     )
     with watched:
         call(trainer, "on_fit_start")
+        if done and not trainer.fit_loop.nothing_left:
+            _open_loggers(trainer)
         trainer.fit_loop.sanity_check()
+        trainer.preemption.leave_untrained(trainer)
         trainer.fit_loop.run()
         call(trainer, "on_fit_end")
     trainer.engine.wait()
     settle(trainer)
-    for logger in trainer.loggers:
-        logger.finalize("success")
-    _teardown(trainer, TrainerFn.FITTING)
+    _close(trainer, TrainerFn.FITTING)
 
 
 def _absolute(path: str) -> str:
@@ -278,23 +330,12 @@ def _as_given(resolved: Resolved, ckpt_path: Any) -> Any:
 def _continue_in(trainer: Trainer, resolved: Resolved | None, ckpt_path: Any) -> None:
     """Point loggers at the version that the checkpoint came from, before anything is written."""
     trainer.resumed_from = trainer.ckpt_path = None
-    trainer.continues_version = False
+    trainer.continued_loggers = []
     if resolved is None:
         return
     trainer.resumed_from = _absolute(resolved.path)
     trainer.ckpt_path = _as_given(resolved, ckpt_path)
-    if ckpt_path != "auto":
-        return
-    states = [saved["state"] for saved in resolved.payload["holdfast"].get("loggers", [])]
-    for logger, state_ in zip(trainer.loggers, states, strict=False):
-        version = state_.get("version")
-        # The checkpoint lies in the first logger's version, wherever that was moved to; others may have
-        # versions of their own.
-        if resolved.version is not None and version in (None, states[0].get("version")):
-            version = resolved.version
-        if version is not None:
-            logger.resume_in(version)
-            trainer.continues_version = True
+    trainer.continued_loggers = continued(trainer, resolved, automatic=ckpt_path == "auto")
 
 
 # -- validate, test, predict ---------------------------------------------------------------------------------
@@ -349,9 +390,7 @@ def evaluate(
     )
     trainer.evaluation_loop = trainer.evaluation_loops[loop.prefix] = loop
     results = loop.run(0, keep_outputs=keep_outputs)
-    for logger in trainer.loggers:
-        logger.finalize("success")
-    _teardown(trainer, fn)
+    _close(trainer, fn)
     if predicts:
         trainer.predictions = results[0] if keep_outputs and len(results) == 1 else results
         return trainer.predictions if keep_outputs else None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from holdfast.training.metrics import MetricStore
     from holdfast.training.module import LightningModule
     from holdfast.training.precision import Precision
+    from holdfast.training.preemption import Preemption
 
 
 class RunView:
@@ -36,6 +37,7 @@ class RunView:
     metrics: MetricStore
     num_sanity_val_steps: int | float
     precision_plugin: Precision
+    preemption: Preemption
     progress: Progress
     state: TrainerState
     strategy: Strategy
@@ -333,8 +335,8 @@ class RunView:
 
     @property
     def received_sigterm(self) -> bool:
-        """False: signals are left to the program, and a kill at any moment loses no finished save."""
-        return False
+        """SIGTERM, or another of ``Trainer(stop_signals=...)``, came in the current or last fit."""
+        return self.preemption.stop_received
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print once per job, above the progress bar if there is one."""

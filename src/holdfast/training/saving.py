@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.checkpoint import payload as payloads
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 
+class Saved(NamedTuple):
+    """A save that is written, or about to be, and whom to tell once it is durable."""
+
+    callback: Checkpoint
+    plan: SavePlan
+    report: SaveReport
+    batches: int | None
+    """How many batches are trained in it; None where a run cannot go on from it exactly."""
+
+
 def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
     """Save what callbacks have asked for.
 
@@ -30,6 +40,8 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
         StorageError: the disk refused. What was not committed is rolled back; older files are untouched.
     """
     requests, trainer.save_requests = trainer.save_requests, []
+    # Last, so that its name is given behind those of the others: a kill between the two costs none of theirs.
+    requests.sort(key=lambda callback: callback is trainer.preemption)
     settle(trainer)
     open_plans: list[tuple[Checkpoint, SavePlan]] = []
     try:
@@ -51,7 +63,8 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
                 trainer, names, weights_only=weights_only, exact=exact, extra=extra, symlinks=len(group) == 1
             )
             open_plans = [one for one in open_plans if one[1].weights_only is not weights_only]
-            saved = [(callback, plan, report) for callback, plan in group]
+            batches = trainer.progress.total_batches if exact and not weights_only else None
+            saved = [Saved(callback, plan, report, batches) for callback, plan in group]
             if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
                 trainer.saves_in_flight += saved
             else:
@@ -74,22 +87,25 @@ def settle(trainer: Trainer) -> None:
     try:
         checkpoint_io.wait()
     except BaseException:
-        for callback, plan, _ in in_flight:
-            callback.rolled_back(trainer, plan)
+        for one in in_flight:
+            one.callback.rolled_back(trainer, one.plan)
         raise
     _tell_committed(trainer, in_flight)
 
 
-def _tell_committed(trainer: Trainer, saved: list[tuple[Checkpoint, SavePlan, SaveReport]]) -> None:
+def _tell_committed(trainer: Trainer, saved: list[Saved]) -> None:
     """Tell every callback of its durable save, then raise the first error: one's failure is not another's."""
     errors: list[BaseException] = []
-    for callback, plan, report in saved:
+    for one in saved:
         try:
-            callback.committed(trainer, plan, report)
+            one.callback.committed(trainer, one.plan, one.report)
         except BaseException as error:
             errors.append(error)
     if errors:
         raise errors[0]
+    for one in saved:
+        if one.batches is not None:
+            trainer.preemption.files.give_way(trainer, one.report, one.batches)
 
 
 def save(

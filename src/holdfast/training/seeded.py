@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from holdfast.training import rng
+from holdfast.training.loader_kinds import is_known_sampler
 
 if TYPE_CHECKING:
     from holdfast.training.data import BatchStream
@@ -46,27 +47,34 @@ class SeededSampler:
         self._stream = stream
         self.sought: Iterator[Any] | None = None
         """What `seek` left for the next iteration."""
+        self.drawn: int | None = None
+        """Items drawn so far in the epoch, where workers fetch ahead of the position."""
+        self.ended = False
+        """Whether the sampler has done what it does behind its last item."""
 
     def __len__(self) -> int:
         return len(self._inner)
 
-    def seek(self) -> None:
-        """Draw the order and go to the stream's position now, not when the first batch is asked for."""
-        inner = self._from_position()
-        if self._stream.position == 0:
-            # Most samplers draw with the first item.
-            inner = itertools.chain(list(itertools.islice(inner, 1)), inner)
-        self.sought = inner
+    def seek(self, drawn: int, *, ended: bool) -> None:
+        """Draw the order and go to the stream's position now, not when the first batch is asked for.
+
+        Args:
+            drawn: How many items had been drawn in all. The sampler's own generators are put back to where
+                they were after those, so no fewer may be drawn before that, and no more.
+            ended: It had come to its end.
+        """
+        inner, position = self._from_position(), self._stream.position
+        # Most samplers draw with the first item.
+        taken = list(itertools.islice(inner, max(drawn - position, int(position == 0))))
+        taken += itertools.islice(inner, int(ended))
+        self.sought = itertools.chain(taken, inner)
 
     def _from_position(self) -> Iterator[Any]:
         stream = self._stream
         stream.note_begin()
-        inner: Iterator[Any] = iter(self._inner)
         if stream.has_foreign_sampler:
-            inner = self._apart(inner)
-        for _ in itertools.islice(inner, stream.position):
-            pass
-        return inner
+            return self._apart(iter(self._inner), stream.position)
+        return _beyond(self._inner, stream.position)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that all of this happens when the first batch is asked for: DataLoader calls this
@@ -76,11 +84,17 @@ class SeededSampler:
             inner = self._from_position()
         self.sought = None
         batch = stream.position
+        self.ended = False
+        limited = stream.limit < (stream.length() or 0)
+        if limited:
+            # Workers that fetch ahead would have it draw for batches that nobody reads.
+            inner = itertools.islice(inner, max(0, int(stream.limit) - batch))
         if stream.rows is not None:
             inner = _noted(inner, stream.rows)
         base = stream.seed_base
         if stream.workers:
             for indices in inner:
+                self.drawn = batch + 1
                 yield _SeededIndices(rng.mix(base, batch), indices)
                 batch += 1
         elif stream.isolated:
@@ -93,24 +107,55 @@ class SeededSampler:
                 batch += 1
         else:
             yield from inner
+        self.ended = not limited
 
-    def _apart(self, inner: Iterator[Any]) -> Iterator[Any]:
+    def _apart(self, inner: Iterator[Any], skip: int) -> Iterator[Any]:
         """A user's sampler may draw as it goes, between the model's draws and ahead of them with workers.
 
         So it draws from the run's generators for the first batch, as torch's own do for the whole epoch, and
         from a stream of its own after that.
         """
-        base, isolation = rng.derive(self._stream.seed_base, "sampler"), rng.Isolation()
-        end = object()
-        item, count = next(inner, end), 0
-        while item is not end:
-            yield item
-            count += 1
-            isolation.enter(rng.mix(base, count))
+        base = rng.derive(self._stream.seed_base, "sampler")
+        if skip and next(inner, _END) is not _END:
+            isolation = rng.Isolation()
+            isolation.enter(base)
             try:
-                item = next(inner, end)
+                for count in range(1, skip):
+                    rng.seed_generators(rng.mix(base, count))
+                    if next(inner, _END) is _END:
+                        break
             finally:
                 isolation.leave()
+        return _each_apart(inner, base, skip)
+
+
+_END = object()
+
+
+def _each_apart(inner: Iterator[Any], base: int, count: int) -> Iterator[Any]:
+    isolation = rng.Isolation()
+    while True:
+        if count:
+            isolation.enter(rng.mix(base, count))
+        try:
+            item = next(inner, _END)
+        finally:
+            isolation.leave()
+        if item is _END:
+            return
+        yield item
+        count += 1
+
+
+def _beyond(sampler: Any, position: int) -> Iterator[Any]:
+    """A sampler's items from a position on."""
+    if position and isinstance(sampler, BatchSampler) and is_known_sampler(sampler):
+        # Row by row in C, instead of batch by batch: what it draws from its own sampler is the same.
+        rows = _beyond(sampler.sampler, position * sampler.batch_size)
+        return iter(BatchSampler(rows, sampler.batch_size, sampler.drop_last))
+    items: Iterator[Any] = iter(sampler)
+    deque(itertools.islice(items, position), maxlen=0)
+    return items
 
 
 def _noted(inner: Iterator[Any], rows: deque[list[Any]]) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.callbacks.base import Callback, Checkpoint, SavePlan
-from holdfast.checkpoint.engine import CheckpointEngine, SaveReport
+from holdfast.callbacks.base import Callback, Checkpoint
+from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.errors import ConfigError
 from holdfast.profilers.choose import choose_profiler
 from holdfast.strategies.choose import choose_strategy
@@ -25,11 +25,12 @@ from holdfast.training.module import LightningModule
 from holdfast.training.optimization import AutomaticOptimization, ManualOptimization
 from holdfast.training.optimizer import LightningOptimizer
 from holdfast.training.plugins import sort_plugins
+from holdfast.training.preemption import Preemption
 from holdfast.training.progress import Progress, TrainerFn, TrainerState, TrainerStatus
 from holdfast.training.requirements import as_module
 from holdfast.training.results import Results
 from holdfast.training.run_view import RunView
-from holdfast.training.saving import carry_out_requests, save, settle
+from holdfast.training.saving import Saved, carry_out_requests, save, settle
 from holdfast.training.spellings import takes_old_spellings
 from holdfast.training.validation_schedule import check_interval
 from holdfast.utilities.rank_zero import warn_once
@@ -81,6 +82,9 @@ class Trainer(RunView):
         default_root_dir: Where logs and checkpoints go; the working directory when None.
         enable_autolog_hparams: Send hyperparameters to the loggers when a run starts.
         model_registry: None: there is none.
+        exact: What to do about all that keeps a resumed run from being the run that never stopped: "warn"
+            says it once, before the first batch; "require" refuses such a run.
+        stop_signals: Signals at which fit saves at its next safe point and exits with code 143; () for none.
 
     Raises:
         ArgumentError: an argument does not exist or has the wrong type; the message names the fix.
@@ -137,6 +141,8 @@ class Trainer(RunView):
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
+        exact: str = "warn",
+        stop_signals: Sequence[int | str] = ("SIGTERM",),
     ) -> None:
         check = configuration.check_count
         configuration.check_single_process(sync_batchnorm, model_registry)
@@ -209,6 +215,8 @@ class Trainer(RunView):
             fast_dev_run=self.fast_dev_run,
             max_time=max_time,
         )
+        self.exact = configuration.check_exact(exact)
+        self.preemption = Preemption(stop_signals)
         self.engine = CheckpointEngine()
         self.state = TrainerState()
         self.progress = Progress()
@@ -231,10 +239,11 @@ class Trainer(RunView):
         """The checkpoint that the fit went on from."""
         self.resumed_automatically = False
         """Whether "auto" or "last" chose it: then it is the run's to replace, else it is never deleted."""
-        self.continues_version = False
-        """Whether the fit writes on in the logs of the run that it goes on from."""
+        self.finalized_loggers: list[Any] = []
+        self.continued_loggers: list[Any] = []
+        """The loggers that write on in the logs of the run that the fit goes on from."""
         self.save_requests: list[Checkpoint] = []
-        self.saves_in_flight: list[tuple[Checkpoint, SavePlan, SaveReport]] = []
+        self.saves_in_flight: list[Saved] = []
         """Saves that a background plugin may still be writing."""
         self.training_modes: dict[Any, bool] | None = None
         """While an evaluation runs: each module's mode outside of it."""
@@ -396,8 +405,14 @@ class Trainer(RunView):
             self.save_requests.append(callback)
 
     def safe_point(self, exact: bool = True) -> None:
-        """Carry out what was requested; called by the loop, after all hooks of a batch or an epoch."""
-        carry_out_requests(self, exact=exact)
+        """Carry out what was requested; called by the loop, after all hooks of a batch or an epoch.
+
+        Raises:
+            Preempted: a signal has asked the run to stop, and what it has trained is saved.
+        """
+        carry_out_requests(self, exact=exact and not self.preemption.cut_short)
+        if exact:
+            self.preemption.after_saves(self)
 
     # -- running ---------------------------------------------------------------------------------------------
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
+from holdfast.checkpoint.payload import encode
 from holdfast.errors import CheckpointIncompatible
+from holdfast.utilities.rank_zero import rank_zero_warn
+from holdfast.utilities.wrapped_names import matched, plain_names
 
-WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap."""
+EXTRA_STATE = "_extra_state"
+"""The last part of the key under which torch puts what ``get_extra_state`` gives."""
 
 
-def load_weights(module: nn.Module, state_dict: Mapping[str, Any], *, strict: bool, source: str) -> None:
+def load_weights(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    *,
+    strict: bool,
+    source: str,
+    omitted: Collection[str] = (),
+) -> None:
     """Load weights; what does not fit is listed whole, and then the module is as it was before.
 
     Names that differ in a wrapper's part only, such as ``_orig_mod.net.weight`` and ``net.weight``, are one.
@@ -26,12 +35,15 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Any], *, strict: bo
         state_dict: From what.
         strict: Whether every key must be on both sides. Shapes must match either way.
         source: The file's name, for the message.
+        omitted: Keys that the file could not hold; ``set_extra_state`` is not called for them.
 
     Raises:
         CheckpointIncompatible: keys or shapes do not match, or with ``strict=False`` not one key does.
     """
     own = module.state_dict()
     state_dict = matched(state_dict, own, module)
+    if omitted:
+        strict = _without_extra_states(module, own, state_dict, omitted, strict, source)
     problems = _problems(own, state_dict, strict)
     matches_none = bool(own) and bool(state_dict) and not any(key in state_dict for key in own)
     if not problems and not matches_none:
@@ -56,31 +68,34 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Any], *, strict: bo
     ) from refusal
 
 
-def matched(state_dict: Mapping[str, Any], own: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
-    """The state under the module's own names, where they differ in the parts of wrappers only."""
-    by_core: dict[str, str | None] = {}
-    for key in own:
-        core = _core(key)
-        by_core[core] = None if core in by_core else key  # two of one name: then it says nothing
-    renamed = {
-        key: target
-        for key in state_dict
-        if key not in own and (target := by_core.get(_core(key))) is not None and target not in state_dict
-    }
-    if not renamed or len(set(renamed.values())) < len(renamed):
-        return state_dict
-    made = OrderedDict((renamed.get(key, key), value) for key, value in state_dict.items())
-    versions = getattr(state_dict, "_metadata", None)
-    if isinstance(versions, Mapping):
-        # What loading goes by in each module, such as the version of a BatchNorm's state.
-        found = {_core(name): version for name, version in versions.items()}
-        names = [name for name, _ in module.named_modules(remove_duplicate=False)]
-        made._metadata = {name: found[_core(name)] for name in names if _core(name) in found}  # type: ignore[attr-defined]
-    return made
+def unstorable_extra_states(state_dict: Mapping[str, Any]) -> list[str]:
+    """Keys of what ``get_extra_state`` gave that a checkpoint cannot hold any part of."""
+    return [
+        key
+        for key, value in state_dict.items()
+        if key.rpartition(".")[2] == EXTRA_STATE and any(not path for path, _ in encode(value).omissions)
+    ]
 
 
-def _core(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+def _without_extra_states(
+    module: nn.Module,
+    own: dict[str, Any],
+    state_dict: Mapping[str, Any],
+    omitted: Collection[str],
+    strict: bool,
+    source: str,
+) -> bool:
+    """Say what the file could not hold; returns how strict torch may be where nothing else is missing."""
+    plain = plain_names(module)
+    lost = [key for key in own if plain(key) in omitted and key not in state_dict]
+    for key in lost:
+        del own[key]
+    if lost:
+        rank_zero_warn(
+            f"{source} could not hold the extra state of {type(module).__name__} ({', '.join(lost)}), so it "
+            "is what __init__ made it. Have get_extra_state return plain values and tensors."
+        )
+    return strict and not (lost and not _problems(own, state_dict, strict))
 
 
 def _is_initialised(value: Any) -> bool:

@@ -1,0 +1,77 @@
+"""Plans that once failed, in short: what of each is not the default. They are run with every test run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAILED: list[dict[str, Any]] = [
+    # An optimizer keeps values in float32 for weights of half precision; torch casts them when it loads.
+    {"optimizer": "nadam", "precision": "16-true", "places": [0.16, 0.5, 0.5]},
+    {"optimizer": "asgd", "precision": "bf16-true"},
+    # A loader of torchdata drew a number more from the run's generator after a resume.
+    {"data": "torchdata"},
+    {"data": "torchdata iterable", "saves": ["default"]},
+    {"data": "torchdata iterable", "saves": ["max_topk", "last"], "places": [0.42, 0.5, 0.5]},
+    # A run whose time is up logs its last step, which one with more time to go does not.
+    {
+        "val": "one",
+        "val_interval": "never",
+        "sanity": 2,
+        "log_every": 2,
+        "max_time": "00:09:00:00",
+        "min_steps": 3,
+        "kinds": ["time", "error", "error"],
+        "hooks": ["on_validation_start", None, None],
+    },
+    {"log_every": 3, "max_time": "00:09:00:00", "kinds": ["time", "error", "error"]},
+    # Workers asked the samplers of several loaders in another order than a run without workers does.
+    {"data": "max_size_cycle", "shuffle": True, "other_workers": [2]},
+    {"data": "min_size", "shuffle": True, "own_generator": True, "other_workers": [2]},
+    {"data": "max_size_cycle", "shuffle": True, "own_generator": True, "other_workers": [2]},
+    {"limit_train": 2, "shuffle": True, "own_generator": True, "other_workers": [2], "epochs": 3},
+    {"data": "max_size_cycle", "sampler": "lazy", "other_workers": [2], "places": [0.3, 0.5, 0.5]},
+    # One save for two callbacks, which give it the same name in different directories, was the first one's alone.
+    {
+        "val": "one",
+        "saves": ["default", "val_topk"],
+        "max_time": "00:09:00:00",
+        "stops": 2,
+        "kinds": ["error", "time", "error"],
+    },
+    # More time for a run that had come to max_steps as well: its epoch had still to end.
+    {
+        "metrics": True,
+        "manual": "closures",
+        "max_time": "00:09:00:00",
+        "max_steps": 7,
+        "kinds": ["time", "error", "error"],
+        "places": [0.83, 0.5, 0.5],
+    },
+    {
+        "rows": 17,
+        "manual": "toggled",
+        "timer": True,
+        "state_callback": True,
+        "max_steps": 5,
+        "kinds": ["time", "error", "error"],
+    },
+    # More time for a run whose cut epoch had displaced the best of before.
+    {
+        "average": "ema",
+        "finetuning": 0,
+        "saves": ["weights", "step2"],
+        "max_time": "00:09:00:00",
+        "kinds": ["time", "error", "error"],
+        "hooks": ["committed", None, None],
+        "places": [0.46, 0.5, 0.5],
+    },
+    # An exception before a save in the background was told to be durable: what it leaves is no run's file.
+    {
+        "batch_size": 2,
+        "val": "one",
+        "val_interval": "always",
+        "saves": ["weights", "step2"],
+        "io": "async",
+        "places": [0.48, 0.5, 0.5],
+    },
+]
