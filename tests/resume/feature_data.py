@@ -73,19 +73,29 @@ class SizedStream(Stream):
 
 
 class StatefulStream(IterableDataset[Row]):
-    """Knows which row comes next."""
+    """Its iterator knows which row comes next."""
 
     def __init__(self, rows: Rows) -> None:
-        self.rows, self.at = rows, 0
+        self.rows = rows
 
     def __iter__(self) -> Iterator[Row]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        mine = range(first, len(self.rows), step)
-        while self.at < len(mine):
-            self.at += 1
-            yield self.rows[mine[self.at - 1]]
-        self.at = 0
+        return _Place(self.rows, range(first, len(self.rows), step))
+
+
+class _Place:
+    def __init__(self, rows: Rows, mine: range) -> None:
+        self.rows, self.mine, self.at = rows, mine, 0
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        if self.at >= len(self.mine):
+            raise StopIteration
+        self.at += 1
+        return self.rows[self.mine[self.at - 1]]
 
     def state_dict(self) -> dict[str, int]:
         return {"at": self.at}
