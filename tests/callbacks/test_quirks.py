@@ -231,6 +231,16 @@ def test_a_run_in_which_nothing_came_due_leaves_last_and_goes_on_from_it_exactly
     assert torch.equal(resumed.layer.weight, straight.layer.weight)
 
 
+@MORE_VALUES
+def test_last_is_saved_at_each_end_of_a_run_that_was_made_longer(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True)
+    fit([1.0], callback)
+    assert steps(tmp_path) == {"last.ckpt": 3}
+    again = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True)
+    fit([1.0, 1.0], again, ckpt_path="last")
+    assert steps(tmp_path) == {"last.ckpt": 6}
+
+
 def test_a_monitor_of_validation_that_is_switched_off_is_a_warning(tmp_path: Path) -> None:
     class Logging(Toy):
         def validation_step(self, batch: Any, batch_idx: int) -> None:

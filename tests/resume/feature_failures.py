@@ -65,6 +65,15 @@ FAILED: list[dict[str, Any]] = [
         "hooks": ["committed", None, None],
         "places": [0.46, 0.5, 0.5],
     },
+    # What was saved because training ended kept the end that came after more time from being saved.
+    {
+        "overfit": 0.5,
+        "timer": True,
+        "saves": ["step3_last", "epoch2"],
+        "max_time": "00:09:00:00",
+        "kinds": ["time", "error", "error"],
+        "places": [0.04, 0.5, 0.5],
+    },
     # An exception before a save in the background was told to be durable: what it leaves is no run's file.
     {
         "batch_size": 2,

@@ -23,8 +23,9 @@ from .feature_data import Plan
 INCIDENTAL = frozenset(
     {"saved_at", "run", "time_elapsed", "since_validation_s", "files", "mark", "_base_seed"}
 )
-# With how many workers the batches were loaded, and how far those were ahead.
-OF_WORKERS = frozenset({"workers", "drawn", "ended"})
+# With how many workers the batches were loaded, how far those were ahead, and whether torchdata's had been asked
+# for one row more after the last.
+OF_WORKERS = frozenset({"workers", "drawn", "ended", "fetcher_ended"})
 # What the run that was stopped had less of, and what followed from it: its epoch was cut short and saved.
 OF_TIME = frozenset({"limits", "should_stop", "evict"})
 

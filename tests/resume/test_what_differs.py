@@ -346,6 +346,26 @@ class TestEnvironment:
             "  float32 matmul precision: medium -> highest (bits may differ)"
         ]
 
+    @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch from 2.9 on has it")
+    def test_float32_precision_by_torchs_newer_switches(self, tmp_path: Path) -> None:
+        """Once one of them is set, asking torch's older function for the precision is an error."""
+        path = save(tmp_path, Toy(), rows())
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32"
+        try:
+            said = go_on(path, Toy(), rows())
+            (tmp_path / "other").mkdir()
+            path = save(tmp_path / "other", Toy(), rows())
+            assert go_on(path, Toy(), rows()) == []
+        finally:
+            matmul.fp32_precision = before
+        now = f"tf32 (cuda), {torch.backends.mkldnn.matmul.fp32_precision} (mkldnn)"
+        assert said == [OTHER + f"float32 matmul precision: highest -> {now} (bits may differ)"]
+        assert go_on(path, Toy(), rows()) == [
+            OTHER + f"float32 matmul precision: {now} -> highest (bits may differ)"
+        ]
+
     def test_a_file_of_a_version_that_knew_less(self, tmp_path: Path) -> None:
         class Older(Toy):
             def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

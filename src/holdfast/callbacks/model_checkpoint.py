@@ -323,7 +323,8 @@ class ModelCheckpoint(NamedCheckpoints):
             view=view,
             evict=tuple(path for path in evict if path and path not in kept),
             score=score,
-            saved_step=step,
+            # Saved only because training ends: if it goes on after all, it ends another time.
+            saved_step=self._saved_step if only_last else step,
             undo=undo,
         )
 

@@ -55,6 +55,8 @@ class CombinedStream:
         self._epoch = 0
         self._begun = [0] * len(self.parts)
         """How often each was begun again in this epoch."""
+        self._given = [0] * len(self.parts)
+        """Batches of this epoch that each gave before it was begun last."""
         self._rounds: Rounds | None = None
         self.limit: int | float = math.inf
         """Rounds after which the loop stops reading an epoch."""
@@ -113,7 +115,7 @@ class CombinedStream:
     def start(self, epoch: int) -> Iterator[Any]:
         """Begin an epoch, from 0, and return its batches."""
         self._epoch, self._before = epoch, None
-        self._begun = [0] * len(self.parts)
+        self._begun, self._given = [0] * len(self.parts), [0] * len(self.parts)
         # They may all draw from the run's generators. Workers would ask a loader's sampler at once, and
         # without them it is asked for the first batch: so that both draw alike, each step is done for all.
         opened: list[Iterator[Any]] = []
@@ -140,6 +142,7 @@ class CombinedStream:
             return self.start(epoch)
         self._warn_of_sizes(saved)
         self._begun, taken = list(state["begun"]), list(state["taken"])
+        self._given = [position - own for own in taken]
         # Parts may share a generator, so each of these steps is done for all before the next one.
         for i, (part, at_end) in enumerate(zip(self.parts, state["at_end"], strict=True)):
             done = nothing_left or at_end
@@ -169,11 +172,13 @@ class CombinedStream:
 
     def _limit(self, index: int) -> None:
         """Tell a part how many of its batches are read, since it was begun last, until the epoch is over."""
-        rounds = min(self.limit, self.length() or math.inf)
-        self.parts[index].limit = rounds - self._begun[index] * (self.parts[index].length() or 0)
+        # Not counted in lengths: a sampler may give fewer batches than it says.
+        self.parts[index].limit = min(self.limit, self.length() or math.inf) - self._given[index]
 
     def _again(self, index: int) -> Iterator[Any]:
+        assert self._rounds is not None
         self._begun[index] += 1
+        self._given[index] += self._rounds.taken[index]
         self._limit(index)
         part = self.parts[index]
         batches = part.start(self._epoch, self._begun[index])

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -231,21 +232,42 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": _unless_refused(
+            torch.get_float32_matmul_precision, _precision_of_each_backend
+        ),
         "gpus": [],
     }
     if device.type == "cuda":
-        cudnn = torch.backends.cudnn
+        cudnn: Any = torch.backends.cudnn
         found |= {
             "gpus": [torch.cuda.get_device_name(device)],
             "cuda": torch.version.cuda,
             "cudnn": cudnn.version(),
             "cudnn.deterministic": cudnn.deterministic,
             "cudnn.benchmark": cudnn.benchmark,
-            "TF32 in matmul": torch.backends.cuda.matmul.allow_tf32,
-            "TF32 in cudnn": cudnn.allow_tf32,
+            "TF32 in matmul": _unless_refused(
+                lambda: torch.backends.cuda.matmul.allow_tf32,
+                lambda: torch.backends.cuda.matmul.fp32_precision == "tf32",
+            ),
+            "TF32 in cudnn": _unless_refused(
+                lambda: cudnn.allow_tf32,
+                lambda: f"{cudnn.conv.fp32_precision} (conv), {cudnn.rnn.fp32_precision} (rnn)",
+            ),
         }
     return found
+
+
+def _unless_refused(old: Callable[[], Any], new: Callable[[], Any]) -> Any:
+    """What a setting of torch is: asking for it as ever is an error once torch's newer switch was used."""
+    try:
+        return old()
+    except RuntimeError:
+        return new()
+
+
+def _precision_of_each_backend() -> str:
+    backends = {"cuda": torch.backends.cuda, "mkldnn": torch.backends.mkldnn}
+    return ", ".join(f"{one.matmul.fp32_precision} ({name})" for name, one in backends.items())
 
 
 # -- comparing -----------------------------------------------------------------------------------------------
