@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -474,6 +475,67 @@ class TestRequire:
                 warned_of(tmp_path / f"{step}", Grows(), None, tmp_path / "a" / f"step={step}.ckpt", **again)
                 == []
             )
+
+
+class Nothing:
+    """Something that is referred to."""
+
+
+class Points(Toy):
+    """Refers weakly to its optimizer, and to something that is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        there = Nothing()
+        self.gone = weakref.proxy(there)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        self.optimizer = weakref.proxy(optimizer)
+        return optimizer
+
+
+class Follows(pl.Callback):
+    """Refers weakly to the model, and to something that is gone."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.module, self.gone = weakref.proxy(pl_module), weakref.proxy(Nothing())
+
+
+class PointingRows(Rows):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = [weakref.proxy(Nothing())]
+
+    def __getitem__(self, index: int) -> Any:
+        assert self.held
+        return super().__getitem__(index)
+
+
+class PointingSampler(Sampler[int]):
+    def __init__(self) -> None:
+        self.gone = weakref.proxy(Nothing())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(12)) if hasattr(self, "gone") else iter(())
+
+    def __len__(self) -> int:
+        return 12
+
+
+def test_what_is_referred_to_weakly_is_somebody_elses(tmp_path: Path) -> None:
+    """It is neither looked into, which raises where it is gone, nor taken for a copy that is not saved."""
+
+    def run(path: Path | None) -> Points:
+        model = Points()
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        data = DataLoader(PointingRows(), 4, sampler=PointingSampler())
+        trainer(callbacks=[saver, Follows()], max_epochs=2, exact="require").fit(model, data, ckpt_path=path)
+        return model
+
+    whole, resumed = run(None), run(tmp_path / "step=2.ckpt")
+    assert whole.seen[8:] == resumed.seen
+    assert torch.equal(whole.layer.weight, resumed.layer.weight)
 
 
 class Extra(pl.Callback):

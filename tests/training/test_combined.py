@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, WeightedRandomSampler
 
 import holdfast as pl
 from holdfast.callbacks import ModelCheckpoint
@@ -203,6 +203,30 @@ def test_limits_count_rounds(mode: Any, full: int, half: int) -> None:
         run = trainer(limit_train_batches=limit)
         run.fit(Noisy(), CombinedLoader([loader(4), loader(10)], mode))
         assert (run.num_training_batches, run.global_step) == (expected, expected)
+
+
+class Estimated(Sampler[Any]):
+    """Three batches of two rows, of which it says that they are five: one that packs rows can only guess."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([[0, 1], [2, 3], [4, 5]])
+
+
+def test_a_part_that_gives_fewer_batches_than_it_says_goes_round_all_the_same(tmp_path: Path) -> None:
+    def data() -> Any:
+        return [DataLoader(Rows(6), batch_sampler=Estimated()), loader(24, 100, shuffle=False)]
+
+    whole = train(data(), tmp_path, max_epochs=1)
+    rows = [[n for n in seen if n == int(n)] for seen in whole.seen]
+    first = [[0, 1], [2, 3], [4, 5]] * 4
+    assert rows == [[*own, 100 + 2 * at, 101 + 2 * at] for at, own in enumerate(first)]
+    for step in (2, 3, 8):
+        rest = train(data(), ckpt_path=tmp_path / f"{step}.ckpt", max_epochs=1)
+        assert rest.seen == whole.seen[step:]
+        assert torch.equal(rest.weight, whole.weight)
 
 
 def test_training_on_loaders_in_turn_is_refused() -> None:

@@ -27,6 +27,7 @@ from holdfast.training.loader_kinds import (
 )
 from holdfast.training.loader_state import LoaderState
 from holdfast.training.seeded import SeededSampler, draw_as_a_loader_does
+from holdfast.utilities.attributes import attributes_of
 from holdfast.utilities.combined_loader import length_of
 
 
@@ -150,7 +151,7 @@ class BatchStream:
             if any(sampler is known for known in found.values()):
                 continue
             found[path] = sampler
-            for name, value in getattr(sampler, "__dict__", {}).items():
+            for name, value in attributes_of(sampler):
                 if isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
                     waiting.append((f"{path}.{name}", value))
         return found
@@ -167,7 +168,7 @@ class BatchStream:
     def _generators(self) -> Iterator[tuple[str, Any]]:
         """The generators of its own that the data draws from in this process, each by its path."""
         for path, owner in self._samplers().items():
-            for name, value in getattr(owner, "__dict__", {}).items():
+            for name, value in attributes_of(owner):
                 if own_generators.is_generator(value):
                     yield f"{path}.{name}", value
         if self.reads_here:

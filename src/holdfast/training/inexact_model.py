@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from holdfast.training.optimizer import LightningOptimizer
+from holdfast.utilities.attributes import attributes_of
 from holdfast.utilities.model_helpers import is_overridden
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def _kept_apart(trainer: Trainer) -> Iterator[str]:
         if id(one) in known:
             continue
         known.add(id(one))
-        for value in getattr(one, "__dict__", {}).values():
+        for _, value in attributes_of(one):
             parts = value if isinstance(value, (list, tuple)) else [value]
             waiting += [part for part in parts if isinstance(part, (Optimizer, LRScheduler))]
-    for name, value in vars(module).items():
+    for name, value in attributes_of(module):
         if isinstance(value, LightningOptimizer) or id(value) in known:
             continue
         if isinstance(value, (Optimizer, LRScheduler)):
@@ -61,7 +62,7 @@ def _copies(trainer: Trainer) -> Iterator[str]:
             continue
         if type(callback).__module__.startswith("holdfast."):
             continue
-        for name, value in vars(callback).items():
+        for name, value in attributes_of(callback):
             if name == "_module" or not isinstance(value, nn.Module) or not list(value.parameters()):
                 continue
             if forms is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.utilities.attributes import attributes_of
 from holdfast.utilities.wrapped_names import plain_names
 
 
@@ -45,7 +46,7 @@ def found_in(module: nn.Module) -> dict[str, Any]:
     for path, child in module.named_modules():
         if _is_metric(child):
             found[plain(path)] = child
-        for name, held in vars(child).items():
+        for name, held in attributes_of(child):
             if name.startswith("_") or not isinstance(held, (list, tuple, dict)):
                 continue
             for key, one in held.items() if isinstance(held, dict) else enumerate(held):

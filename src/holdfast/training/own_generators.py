@@ -7,25 +7,32 @@ import inspect
 import random
 import sys
 import types
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from holdfast.training import rng
+from holdfast.utilities.attributes import attributes_of
 
 _MAX_DEPTH = 6
 _MAX_OBJECTS = 2000
 _MAX_ITEMS = 16
 """Of a list or a dict: transforms are few, rows are many."""
 
-_NOT_ENTERED = (str, bytes, int, float, complex, type(None), torch.Tensor, type, types.ModuleType)
+# What is referred to weakly first: it may be gone, and then it answers no question about its type.
+_NOT_ENTERED = (
+    *weakref.ProxyTypes, str, bytes, int, float, complex, type(None), torch.Tensor, type, types.ModuleType,
+)  # fmt: skip
 # What these do with an attribute, they do before the first item is asked for.
 _BEFORE_READING = {"__init__", "__new__", "__post_init__", "__setstate__", "__repr__", "__str__", "__len__"}
 
 
 def is_generator(value: Any) -> bool:
     """Whether it is a generator of torch, NumPy or Python, other than the global ones."""
+    if type(value) in weakref.ProxyTypes:
+        return False
     if isinstance(value, torch.Generator):
         return value is not torch.default_generator
     if isinstance(value, random.Random):
@@ -48,7 +55,7 @@ def held_by(owner: Any) -> Iterator[tuple[str, Any]]:
     """The generators among an object's own attributes; of a network, among those of all its modules."""
     parts = owner.named_modules() if isinstance(owner, torch.nn.Module) else [("", owner)]
     for path, part in parts:
-        for name, value in getattr(part, "__dict__", {}).items():
+        for name, value in attributes_of(part):
             if is_generator(value):
                 yield f"{path}.{name}" if path else name, value
 
