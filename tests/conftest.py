@@ -11,6 +11,8 @@ import numpy
 import pytest
 import torch
 
+from holdfast.utilities import rank_zero
+
 
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +22,8 @@ def own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def process_as_it_was() -> Iterator[None]:
-    """Generators, environment and torch's switches are put back, so that no test depends on another."""
+    """Generators, environment, torch's switches and what was said once, so that no test depends on another."""
+    rank_zero._said.clear()
     environment = dict(os.environ)
     generators = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()

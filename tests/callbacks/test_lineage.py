@@ -20,6 +20,34 @@ def save(path: Path, step: int, run: str, score: float | None = None, *names: Pa
     return str(path)
 
 
+def test_names_that_a_kill_came_before_in_another_directory(tmp_path: Path) -> None:
+    """Two callbacks share one save; of the second one's names a kill left the older file, or none."""
+    mine, theirs = tmp_path / "a" / "epoch=1.ckpt", tmp_path / "b" / "epoch=1.ckpt"
+    last = save(tmp_path / "b" / "last.ckpt", 3, "q")
+    extra = {
+        **lineage.summary_extra("key", run="r", names=[str(mine)], score=None),
+        **lineage.summary_extra("key", run="q", names=[str(theirs), last], score=2.0),
+    }
+    CheckpointEngine().save({}, mine, summary={"step": 6, **extra})
+    directory = str(tmp_path / "b")
+    assert lineage.give_missing_names(str(mine), "q", 6, directory) == [str(theirs), last]
+    assert lineage.describe(str(theirs), "q") == Found(str(theirs), 6, "q", 2.0)
+    assert lineage.describe(last, "q") == Found(last, 6, "q", None)
+    assert lineage.give_missing_names(str(mine), "q", 6, directory) == []
+    assert lineage.give_missing_names(str(mine), "r", 6, str(tmp_path / "a")) == []
+
+
+def test_two_owners_of_files_with_one_name_in_two_directories(tmp_path: Path) -> None:
+    one, other = tmp_path / "a" / "epoch=1.ckpt", tmp_path / "b" / "epoch=1.ckpt"
+    extra = {
+        **lineage.summary_extra("key", run="r", names=[str(one)], score=1.0),
+        **lineage.summary_extra("key", run="q", names=[str(other)], score=2.0),
+    }
+    CheckpointEngine().save({}, one, names=[other], summary={"step": 3, **extra})
+    assert lineage.describe(str(other), "q") == Found(str(other), 3, "q", 2.0)
+    assert lineage.describe(str(one), "r") == Found(str(one), 3, "r", 1.0)
+
+
 @pytest.mark.parametrize("score", [0.1, math.inf, -math.inf, math.nan, None])
 def test_a_file_says_whose_it_is_and_what_it_was_ranked_on(tmp_path: Path, score: float | None) -> None:
     path = save(tmp_path / "a.ckpt", 3, "r", score, tmp_path / "last.ckpt")

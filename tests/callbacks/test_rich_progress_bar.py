@@ -142,7 +142,8 @@ def test_in_a_narrow_terminal_what_counts_is_still_there(monkeypatch: pytest.Mon
     (line,) = screen_lines(terminal.close())
     assert re.match(r"Epoch 1/1 ━+ 5/5", line)
     assert len(line) <= width
-    assert ("id 1.333  count 4" in line) == (width == 120)
+    if width != 60:  # there it depends on how many digits the speed has
+        assert ("id 1.333  count 4" in line) == (width == 120)
 
 
 def test_other_columns(capsys: pytest.CaptureFixture[str]) -> None:

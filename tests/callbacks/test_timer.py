@@ -134,6 +134,7 @@ def test_moves_no_bits(tmp_path: Path) -> None:
     assert end_of(runs[0]) == end_of(plain)
 
 
+@pytest.mark.filterwarnings("ignore:Resumed, this run is not bit for bit the one that never stopped")
 def test_the_time_before_counts_after_a_resume(clock: Clock, tmp_path: Path) -> None:
     fit(clock, Timer({"seconds": 7}), max_steps=4, max_epochs=9).save_checkpoint(tmp_path / "a.ckpt")
     clock.now_s += 10_000

@@ -103,7 +103,7 @@ def test_an_odd_summary_is_read_for_what_it_is_worth(summary: dict[str, Any], tm
     assert catalog.read_summary(path).step is None
     run = "x" if isinstance(summary.get("owner:x"), dict) and summary["owner:x"]["names"] != 5 else None
     assert lineage.describe_all(str(tmp_path)) == {str(path): Found(str(path), 0, run)}
-    assert lineage.give_missing_names(str(path), "x", 1) == []
+    assert lineage.give_missing_names(str(path), "x", 1, str(path.parent)) == []
 
 
 def test_a_summary_nested_without_end_is_no_summary(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_names_from_a_file_stay_in_its_directory(tmp_path: Path) -> None:
         path = build(
             inside / "x.ckpt", value={}, summary={"owner:r": {"names": ["x.ckpt", bad], "score": None}}
         )
-        assert lineage.give_missing_names(str(path), "r", 1) == []
+        assert lineage.give_missing_names(str(path), "r", 1, str(path.parent)) == []
         assert lineage.describe(str(path)) == Found(str(path), 0)
     assert os.listdir(tmp_path) == ["runs"] and os.listdir(inside) == ["x.ckpt"]
 

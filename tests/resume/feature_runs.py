@@ -89,7 +89,9 @@ def _search(plan: Plan, base: Path, found: Found) -> None:
     seen = outcome(plan, trainer, cut)
     # What is there only a plugin of one's own knows; a run that starts anew leaves what another one left; and
     # the file that the user named stays.
-    if path is not None or plan["io"] in ("own", "async own") or not found.resumed:
+    weights = any(kind.startswith("weights") for kind in plan["saves"])
+    anew = not found.resumed or (weights and len(found.resumed) < number)
+    if path is not None or plan["io"] in ("own", "async own") or anew:
         expected, seen = without_files(expected), without_files(seen)
     if path is not None:
         expected, seen = without_loggers(expected), without_loggers(seen)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_
 import holdfast as pl
 from holdfast.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from holdfast.checkpoint.load import load
+from holdfast.training import command
 from tests.training.toys import Toy, rows, trainer
 
 
@@ -314,6 +315,13 @@ class TestSettingsAndData:
         ]
 
 
+def tf32(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """What a checkpoint of a run on a GPU would hold of TF32."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    found = command.environment(torch.device("cuda"))
+    return found["TF32 in matmul"], found["TF32 in cudnn"]
+
+
 class TestEnvironment:
     def test_threads_and_algorithms(self, tmp_path: Path) -> None:
         path = save(tmp_path, Toy(), rows())
@@ -365,6 +373,27 @@ class TestEnvironment:
         assert go_on(path, Toy(), rows()) == [
             OTHER + f"float32 matmul precision: {now} -> highest (bits may differ)"
         ]
+
+    def test_tf32_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Asked of torch as on a GPU, which need not be here."""
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        assert tf32(monkeypatch) == before
+        try:
+            matmul.allow_tf32, cudnn.allow_tf32 = not before[0], not before[1]
+            assert tf32(monkeypatch) == (not before[0], not before[1])
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+    @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch from 2.9 on has it")
+    def test_tf32_on_a_gpu_by_torchs_newer_switches(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = matmul.fp32_precision, conv.fp32_precision
+        try:
+            matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+            assert tf32(monkeypatch) == (True, "ieee (conv), tf32 (rnn)")
+        finally:
+            matmul.fp32_precision, conv.fp32_precision = before
 
     def test_a_file_of_a_version_that_knew_less(self, tmp_path: Path) -> None:
         class Older(Toy):

@@ -318,6 +318,15 @@ class LoudCounts(Counts):
         return loss
 
 
+class Shaken(Plain):
+    """Logs a loss that torch's generator has shaken."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss + torch.rand(()))
+        return loss
+
+
 class OwnNoise(Plain):
     """Noise in the step from a generator of its own."""
 

@@ -184,6 +184,17 @@ def test_draws_that_are_made_at_some_starts_only(tmp_path: Path) -> None:
     )
 
 
+def test_a_generator_comes_before_what_was_drawn_from_it(tmp_path: Path) -> None:
+    train = script(module=scripts.Shaken, callbacks=lambda: [scripts.Draws()])
+    assert message(train, tmp_path).startswith(
+        parted(
+            "epoch 0, batch 2 (global step 3)",
+            "  the generator of torch is not in the same state",
+            "1 logged value",
+        )
+    )
+
+
 def test_a_run_that_ends_elsewhere(tmp_path: Path) -> None:
     train = script(module=scripts.Plain, callbacks=lambda: [scripts.Impatient()])
     assert message(train, tmp_path) == parted(

@@ -297,6 +297,61 @@ def test_a_higher_limit_goes_on_inside_the_epoch_that_the_lower_one_cut_short(tm
     assert run(7, tmp_path / "step=3.ckpt") == [*range(12, 20), *range(8)]
 
 
+def test_a_higher_limit_goes_on_inside_the_epoch_of_data_without_a_length(tmp_path: Path) -> None:
+    class Endless(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return ((torch.ones(3), row) for row in range(20))
+
+    def run(steps: int, path: Path | None) -> list[int]:
+        callback = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+        model, data = Toy(), DataLoader(Endless(), batch_size=4)
+        trainer(callbacks=callback, max_steps=steps, max_epochs=None).fit(model, data, ckpt_path=path)
+        return model.seen
+
+    assert run(3, None) == list(range(12))
+    assert run(5, tmp_path / "step=3.ckpt") == list(range(12, 20))
+    assert run(7, tmp_path / "step=5.ckpt") == list(range(8))
+
+
+def test_an_epoch_whose_rest_a_hook_skipped_is_over_with_higher_limits_too(tmp_path: Path) -> None:
+    class Skips(Toy):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+        def on_train_epoch_end(self) -> None:
+            ended.append(self.current_epoch)
+
+    def run(epochs: int, path: Path | None) -> list[int]:
+        model = Skips()
+        trainer(callbacks=ModelCheckpoint(tmp_path, "{step}"), max_epochs=epochs).fit(
+            model, rows(), ckpt_path=path
+        )
+        return model.seen
+
+    ended: list[int] = []
+    assert run(1, None) == list(range(8))
+    assert run(2, tmp_path / "step=2.ckpt") == list(range(8))
+    assert ended == [0, 1]
+
+
+def test_what_is_saved_after_a_fit_that_a_limit_ended_within_an_epoch_is_not_exact(tmp_path: Path) -> None:
+    run = trainer(max_steps=2, max_epochs=None)
+    run.fit(Toy(), rows())
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    assert not catalog.read_summary(tmp_path / "after.ckpt").exact
+    with pytest.raises(pl.ConfigError) as refused:
+        trainer(max_epochs=3, exact="require").fit(Toy(), rows(), ckpt_path=tmp_path / "after.ckpt")
+    assert str(refused.value) == (
+        'Trainer(exact="require") refuses this run, and nothing was trained. It would not be exact:\n'
+        "  after.ckpt was saved after a limit had ended its epoch early, and a run goes on from it with the next "
+        "epoch: the rest of that one is left out. Go on from the last checkpoint of ModelCheckpoint."
+    )
+    run = trainer(max_steps=3, max_epochs=None)
+    run.fit(Toy(), rows())
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    assert catalog.read_summary(tmp_path / "after.ckpt").exact
+
+
 def test_another_batch_size_goes_on_at_the_same_row(tmp_path: Path) -> None:
     def run(size: int, path: Path | None, steps: int) -> list[int]:
         callback = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)

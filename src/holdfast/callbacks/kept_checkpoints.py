@@ -300,7 +300,9 @@ class KeptCheckpoints(Checkpoint):
             origin = lineage.describe(resumed_from)
             run = (origin.run if origin is not None else None) or lineage.new_run_id()
         if _protected(trainer) is None:
-            given = lineage.give_missing_names(resumed_from, run, trainer.global_step)
+            stayed = self._state_dirpath in (None, self.dirpath)
+            directory = self.dirpath if stayed else os.path.dirname(resumed_from)
+            given = lineage.give_missing_names(resumed_from, run, trainer.global_step, directory)
             found.update(lineage.describe_all("", also=given, run=run))
         view = present.relocated(
             found,

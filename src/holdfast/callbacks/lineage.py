@@ -125,7 +125,7 @@ def _score(owner: dict[str, Any]) -> float | None:
         return None
 
 
-def give_missing_names(path: str, run: str, step: int) -> list[str]:
+def give_missing_names(path: str, run: str, step: int, directory: str) -> list[str]:
     """Give a file the names that a kill came before, and return those.
 
     A name that is free is given, and one that an older file of the same run has.
@@ -134,14 +134,16 @@ def give_missing_names(path: str, run: str, step: int) -> list[str]:
         path: A checkpoint of the run.
         run: The run's id.
         step: The global step that it was saved at.
+        directory: Where the run's names are; with another callback's in common, the file may lie elsewhere.
     """
     try:
         names = _names(catalog.read_summary(path).values.get(_OWNER + run))
     except (CheckpointError, OSError):
         return []
     given = []
-    if names and names[0] == os.path.basename(path):
-        for name in (os.path.join(os.path.dirname(path), one) for one in names[1:]):
+    elsewhere = os.path.realpath(os.path.dirname(path)) != os.path.realpath(directory)
+    if names and (elsewhere or names[0] == os.path.basename(path)):
+        for name in (os.path.join(directory, one) for one in (names if elsewhere else names[1:])):
             there = describe(name, run)
             if not os.path.lexists(name) or (there is not None and there.run == run and there.step < step):
                 commit.add_name(path, name)

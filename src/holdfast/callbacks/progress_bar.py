@@ -56,6 +56,11 @@ class ProgressBar(Callback):
         self._enabled = True
 
     @property
+    def lines_drawn(self) -> int:
+        """How many lines of a terminal the bar takes up now, with the cursor on the last; 0 if none."""
+        return 0
+
+    @property
     def sanity_check_description(self) -> str:
         """What the sanity check is called."""
         return "Sanity Checking"

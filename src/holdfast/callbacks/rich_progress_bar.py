@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
     from rich.style import Style
 
+    from holdfast.training.module import LightningModule
     from holdfast.training.trainer import Trainer
 
 
@@ -147,6 +149,14 @@ class RichProgressBar(TimedProgressBar):
         """Prediction's task, over all its loaders."""
         return self._task("predict")
 
+    @property
+    def lines_drawn(self) -> int:
+        """A line for each bar that is visible, while the display is live."""
+        progress = self._progress
+        if progress is None or not progress.live.is_started or not progress.console.is_terminal:
+            return 0
+        return sum(task.visible for task in progress.tasks)
+
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn | str]:
         """Return the columns of the display, left to right.
 
@@ -226,6 +236,14 @@ class RichProgressBar(TimedProgressBar):
         self._show(track)
         if self._leave:
             self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal back; a run that was told to leave left its bar where it stands."""
+        if isinstance(exception, SystemExit) and self._train is not None:
+            done = max(self._train.done, self._train_done)
+            self._train.at(done, time.monotonic(), self.get_metrics(trainer, pl_module))
+            self._set(self._train)
+        super().on_exception(trainer, pl_module, exception)
 
     def shut(self) -> None:
         """Give the terminal back, with the bar as it was last."""

@@ -102,6 +102,11 @@ class TQDMProgressBar(ProgressBar):
         """Show everything again, unless ``refresh_rate`` is 0."""
         self._enabled = self._refresh_rate > 0
 
+    @property
+    def lines_drawn(self) -> int:
+        """The line of the first bar, where tqdm leaves the cursor; 0 while there is none."""
+        return int(bool(self._open_bars()) and self._lines_above.stdout.isatty())
+
     # -- to override -----------------------------------------------------------------------------------------
 
     def init_sanity_tqdm(self) -> Any:

@@ -133,6 +133,11 @@ def _of_checkpoint(trainer: Trainer, resumed: dict[str, Any]) -> Iterator[str]:
             f"{name} was saved when the time for training was up, behind the early end of its epoch. The "
             "stopped.ckpt of that moment was saved before it."
         )
+    elif not resumed.get("exact") and resumed["progress"].get("cut_short"):
+        yield (
+            f"{name} was saved after a limit had ended its epoch early, and a run goes on from it with the "
+            "next epoch: the rest of that one is left out. Go on from the last checkpoint of ModelCheckpoint."
+        )
     elif not resumed.get("exact"):
         yield (
             f"{name} was not taken at a safe point, but inside a hook or after an exception: what the rest "
@@ -141,7 +146,8 @@ def _of_checkpoint(trainer: Trainer, resumed: dict[str, Any]) -> Iterator[str]:
 
 
 def _was_cut_short(progress: dict[str, Any]) -> bool:
-    return progress.get("stage") == END and not progress.get("full_epoch", True)
+    # Older files say only whether it was full.
+    return progress.get("stage") == END and progress.get("cut_short", not progress.get("full_epoch", True))
 
 
 def _not_restored(trainer: Trainer, resumed: dict[str, Any]) -> Iterator[str]:

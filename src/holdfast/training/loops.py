@@ -211,6 +211,7 @@ class FitLoop(LoopView):
     def _run_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
         resumed, self._resumed = self._resumed, None
+        progress.cut_short = False
         mid_epoch = resumed is not None and progress.stage in (BATCH, VALIDATED)
         if resumed is not None and not mid_epoch:
             self._resume_between_epochs(resumed)
@@ -235,7 +236,8 @@ class FitLoop(LoopView):
             stops = False
             if progress.stage == BATCH:
                 stops = self._after_batch(done - 1, is_last, done % self.accumulate == 0 or is_last)
-            if not is_last and not stops and not self._stops_here():
+            progress.cut_short = not is_last and (stops or self._stops_here())
+            if not is_last and not progress.cut_short:
                 self._run_batches(batches)
         else:
             progress.batch, progress.samples, progress.stage = 0, 0, START
@@ -245,7 +247,8 @@ class FitLoop(LoopView):
             # A hook may have set another one for this epoch.
             self.accumulate = trainer.accumulate_grad_batches
             assert self.stream is not None
-            if not self._stops_here():
+            progress.cut_short = self._stops_here()
+            if not progress.cut_short:
                 self._run_batches(self.stream.start(progress.epoch))
         self._end_epoch()
 
@@ -327,6 +330,7 @@ class FitLoop(LoopView):
                 trainer.safe_point()
             if watched or trainer.should_stop or trainer.save_requests:
                 if self._after_batch(index, is_last, steps):
+                    progress.cut_short = not is_last
                     return
             else:
                 progress.stage = VALIDATED

@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.utilities.attributes import attributes_of
 from holdfast.utilities.wrapped_names import plain_names
 
 
-def capture(module: nn.Module) -> dict[str, Any]:
-    """All that the TorchMetrics objects in a module have gathered, for `restore`."""
+def capture(module: nn.Module, objects: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the TorchMetrics objects in a module have gathered, for `restore`.
+
+    Args:
+        module: The module.
+        objects: What `found_in` found in it.
+    """
     return {
-        "objects": {path: _metric_state(metric) for path, metric in found_in(module).items()},
+        "objects": {path: _metric_state(metric) for path, metric in objects.items()},
         "groups": {path: one._groups for path, one in _collections(module).items() if one._groups_checked},
         "trackers": {path: int(tracker.n_steps) for path, tracker in _trackers(module).items()},
     }
@@ -46,8 +50,9 @@ def found_in(module: nn.Module) -> dict[str, Any]:
     for path, child in module.named_modules():
         if _is_metric(child):
             found[plain(path)] = child
-        for name, held in attributes_of(child):
-            if name.startswith("_") or not isinstance(held, (list, tuple, dict)):
+        for name, held in vars(child).items():
+            # By its type: what is referred to weakly may be gone, and then it answers no question.
+            if name[:1] == "_" or not issubclass(type(held), (list, tuple, dict)):
                 continue
             for key, one in held.items() if isinstance(held, dict) else enumerate(held):
                 if isinstance(one, nn.Module):
@@ -58,7 +63,8 @@ def found_in(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_metric(value: Any) -> bool:
-    return hasattr(value, "_defaults") and hasattr(value, "_update_count") and hasattr(value, "compute")
+    # Of every layer of a network the first is asked, and what a module lacks is slow to ask for by hasattr.
+    return "_defaults" in vars(value) and hasattr(value, "_update_count") and hasattr(value, "compute")
 
 
 def _trackers(module: nn.Module) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def _trackers(module: nn.Module) -> dict[str, Any]:
     return {
         plain(path): child
         for path, child in module.named_modules()
-        if hasattr(child, "n_steps") and hasattr(child, "increment")
+        if hasattr(type(child), "n_steps") and hasattr(type(child), "increment")
     }
 
 
@@ -77,7 +83,7 @@ def _collections(module: nn.Module) -> dict[str, Any]:
     return {
         plain(path): child
         for path, child in module.named_modules()
-        if hasattr(child, "_groups_checked") and hasattr(child, "_groups")
+        if "_groups_checked" in vars(child) and "_groups" in vars(child)
     }
 
 

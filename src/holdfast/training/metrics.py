@@ -142,7 +142,7 @@ class MetricStore:
             "versions": dict(self._published),
             "train": self.train.state_dict({id(metric): path for path, metric in objects.items()}),
             "train_ended": self.train.epoch_ended,
-            **metric_objects.capture(module),
+            **metric_objects.capture(module, objects),
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device, module: nn.Module) -> None:

@@ -8,13 +8,13 @@ import random
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from holdfast.training import rng
-from holdfast.utilities.attributes import attributes_of
 
 _MAX_DEPTH = 6
 _MAX_OBJECTS = 2000
@@ -25,23 +25,27 @@ _MAX_ITEMS = 16
 _NOT_ENTERED = (
     *weakref.ProxyTypes, str, bytes, int, float, complex, type(None), torch.Tensor, type, types.ModuleType,
 )  # fmt: skip
+_NO_GENERATORS = {bool, int, float, str, type(None), list, tuple, dict, OrderedDict, set, torch.nn.Parameter}
+"""What nearly all attributes of a network are, so that a save need not look at each of them for long."""
+
 # What these do with an attribute, they do before the first item is asked for.
 _BEFORE_READING = {"__init__", "__new__", "__post_init__", "__setstate__", "__repr__", "__str__", "__len__"}
 
 
 def is_generator(value: Any) -> bool:
     """Whether it is a generator of torch, NumPy or Python, other than the global ones."""
-    if type(value) in weakref.ProxyTypes:
+    cls = type(value)  # not what it says itself: what is referred to weakly may be gone, and says nothing
+    if cls in _NO_GENERATORS:
         return False
-    if isinstance(value, torch.Generator):
+    if issubclass(cls, torch.Generator):
         return value is not torch.default_generator
-    if isinstance(value, random.Random):
+    if issubclass(cls, random.Random):
         # One of the system's has no state.
-        return value is not random._inst and not isinstance(value, random.SystemRandom)
+        return value is not random._inst and not issubclass(cls, random.SystemRandom)
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return False
-    known = isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+    known = issubclass(cls, (numpy.random.Generator, numpy.random.RandomState))
     return known and value is not numpy.random.mtrand._rand
 
 
@@ -55,7 +59,7 @@ def held_by(owner: Any) -> Iterator[tuple[str, Any]]:
     """The generators among an object's own attributes; of a network, among those of all its modules."""
     parts = owner.named_modules() if isinstance(owner, torch.nn.Module) else [("", owner)]
     for path, part in parts:
-        for name, value in attributes_of(part):
+        for name, value in getattr(part, "__dict__", {}).items():
             if is_generator(value):
                 yield f"{path}.{name}" if path else name, value
 

@@ -149,9 +149,7 @@ class Preemption(Checkpoint):
             line = "saving at the next safe point, then leaving"
         if number == signal.SIGINT:
             line += " (Ctrl-C again to leave at once)"
-        # Python's own streams may be in the middle of a write.
-        with suppress(OSError):
-            os.write(2, f"{number.name}: {line}\n".encode())
+        _say_at_once(f"{number.name}: {line}", trainer)
 
     def cut(self) -> NoReturn:
         """A second SIGINT: leave where the run is, and let a third one end the process."""
@@ -321,6 +319,20 @@ class _Handlers:
             # One that means to leave gets its way at the safe point, where all is saved.
             with suppress(SystemExit):
                 earlier(number, frame)
+
+
+def _say_at_once(line: str, trainer: Trainer) -> None:
+    """Say a line from a handler, past Python's own streams, which may be in the middle of a write.
+
+    In a terminal it takes the place of the bar, which is drawn again below it.
+    """
+    bar = trainer.progress_bar_callback
+    with suppress(OSError, ValueError):  # a stream that is gone
+        lines = bar.lines_drawn if bar is not None and os.isatty(2) else 0
+        if lines:
+            # The bar takes back as many lines as it had, from where it finds the cursor.
+            line = "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (lines - 1) + line + "\n" * (lines - 1)
+        os.write(2, f"{line}\n".encode())
 
 
 def _as_before(number: int, frame: Any, earlier: Any) -> None:

@@ -104,6 +104,8 @@ class Progress:
     """Validation batches of a loader over all runs: the step number of what is logged for each of them."""
     full_epoch: bool = True
     """Whether the epoch that ended saw all its batches; false when it was stopped early."""
+    cut_short: bool = False
+    """Whether it was a limit that ended it early: a run with a higher one has its other batches before it."""
     should_stop: bool = False
     """Whether somebody, such as EarlyStopping, had told the run to stop."""
     loaders: dict[str, Any] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from holdfast.utilities.rank_zero import rank_zero_info
@@ -34,7 +35,11 @@ class Replay:
         self._trainer = trainer
 
     def __call__(self, loader: Any, index: int, count: int) -> Iterator[int]:
-        """Yield the numbers below ``count``."""
+        """Yield the numbers below ``count``.
+
+        Raises:
+            Preempted: a signal came while they were read.
+        """
         if count == 0:
             return iter(())
         number = f", loader {index}" if index else ""
@@ -45,7 +50,16 @@ class Replay:
         )
         bar = self._trainer.progress_bar_callback
         console = _terminal() if bar is not None and bar.is_enabled else None
-        return _with_lines(count) if console is None else _with_bar(console, count)
+        return self._unless_told_to_leave(
+            _with_lines(count) if console is None else _with_bar(console, count)
+        )
+
+    def _unless_told_to_leave(self, numbers: Generator[int, None, None]) -> Iterator[int]:
+        """Reading again may take longer than a run that was told to stop is given."""
+        with closing(numbers):
+            for number in numbers:
+                yield number
+                self._trainer.preemption.leave_untrained(self._trainer)
 
 
 def described(loader: Any) -> str:
@@ -62,7 +76,7 @@ def _terminal() -> Any:
     return console if console.is_terminal and not console.is_dumb_terminal else None
 
 
-def _with_bar(console: Any, count: int) -> Iterator[int]:
+def _with_bar(console: Any, count: int) -> Generator[int, None, None]:
     from rich.progress import Progress
 
     # Drawn by the clock, without a thread.
@@ -77,7 +91,7 @@ def _with_bar(console: Any, count: int) -> Iterator[int]:
             yield done
 
 
-def _with_lines(count: int) -> Iterator[int]:
+def _with_lines(count: int) -> Generator[int, None, None]:
     said_s = time.monotonic()
     for done in range(count):
         now_s = time.monotonic()

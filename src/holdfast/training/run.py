@@ -281,14 +281,7 @@ def fit(
     source = "" if resolved is None else os.path.basename(resolved.path)
     if resolved is not None:
         afresh = state.restore_model(trainer, resolved.payload, source)
-    action = f"[LightningModule]{type(model).__name__}.configure_optimizers"
-    trainer.optimizers, trainer.lr_scheduler_configs = read_configuration(
-        profiled(trainer, action, model.configure_optimizers)(), automatic=model.automatic_optimization
-    )
-    _, trainer.optimizers, _ = trainer.precision_plugin.connect(
-        model, trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
-    )
-    trainer.wrapped_optimizers = [LightningOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
+    _make_optimizers(trainer, model)
     trainer.fit_loop.command = command.note(trainer)
     if resolved is not None:
         state.restore_training(trainer, resolved.payload, source, afresh)
@@ -297,8 +290,29 @@ def fit(
     if resolved is not None:
         # All of it is in place now, and optimizer state need not be in memory twice.
         resolved.payload.clear()
+    _train(trainer, resumed)
+    trainer.engine.wait()
+    settle(trainer)
+    _close(trainer, TrainerFn.FITTING)
+
+
+def _make_optimizers(trainer: Trainer, model: LightningModule) -> None:
+    action = f"[LightningModule]{type(model).__name__}.configure_optimizers"
+    trainer.optimizers, trainer.lr_scheduler_configs = read_configuration(
+        profiled(trainer, action, model.configure_optimizers)(), automatic=model.automatic_optimization
+    )
+    _, trainer.optimizers, _ = trainer.precision_plugin.connect(
+        model, trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
+    )
+    trainer.wrapped_optimizers = [LightningOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
+
+
+def _train(trainer: Trainer, resumed: dict[str, Any] | None) -> None:
+    """From the logs to the last hook of fit; all that a checkpoint brought is in place."""
+    loop = trainer.fit_loop
+    assert loop is not None
     # A run that is already done leaves its logs as they are, unless a hook raises its limits.
-    done = trainer.fit_loop.nothing_left
+    done = loop.nothing_left
     if not done:
         exactness.before_anything_is_written(trainer, resumed)
         _open_loggers(trainer)
@@ -307,15 +321,12 @@ def fit(
     )
     with watched:
         call(trainer, "on_fit_start")
-        if done and not trainer.fit_loop.nothing_left:
+        if done and not loop.nothing_left:
             _open_loggers(trainer)
-        trainer.fit_loop.sanity_check()
+        loop.sanity_check()
         trainer.preemption.leave_untrained(trainer)
-        trainer.fit_loop.run()
+        loop.run()
         call(trainer, "on_fit_end")
-    trainer.engine.wait()
-    settle(trainer)
-    _close(trainer, TrainerFn.FITTING)
 
 
 def _absolute(path: str) -> str:

@@ -134,7 +134,7 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     progress.should_stop = trainer.should_stop
     progress.limits = limits_of(trainer)
     # An epoch that a limit cut short can be gone on with by a run that has a higher one.
-    mid_epoch = progress.stage in (BATCH, VALIDATED) or (progress.stage == END and not progress.full_epoch)
+    mid_epoch = progress.stage in (BATCH, VALIDATED) or (progress.stage == END and progress.cut_short)
     for logger in trainer.loggers:
         # Rows up to here reach the disk before the checkpoint that counts on them.
         logger.save()
@@ -365,7 +365,9 @@ def restore_run(trainer: Trainer, run: dict[str, Any]) -> None:
 
 def _was_cut_short(progress: Progress, run: dict[str, Any]) -> bool:
     epoch_is_known = bool((run.get("data") or {}).get("begin"))
-    return progress.stage == END and not progress.full_epoch and epoch_is_known
+    # Older files say only whether it was full.
+    cut_short = run["progress"].get("cut_short", not progress.full_epoch)
+    return progress.stage == END and cut_short and epoch_is_known
 
 
 def describe_resume(trainer: Trainer, payload: dict[str, Any], path: str, skipped: list[str]) -> None:

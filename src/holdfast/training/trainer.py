@@ -375,7 +375,7 @@ class Trainer(RunView):
             raise ConfigError(
                 "trainer.save_checkpoint(path): there is no model yet. Call fit, validate or test first."
             )
-        inside = self.state.status is TrainerStatus.RUNNING or self.broke_off
+        inside = self.state.status is TrainerStatus.RUNNING or self.broke_off or self.progress.cut_short
         path = os.path.abspath(os.fspath(filepath))
         save(
             self,

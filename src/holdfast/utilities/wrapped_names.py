@@ -24,19 +24,31 @@ def plain_names(module: nn.Module) -> Callable[[str], str]:
     if dynamo is None:  # nothing can be compiled, and importing it takes a second
         return str
     compiled = dynamo.OptimizedModule
+    if not _has_part(module, compiled):
+        return str
     inner = {
         f"{path}._orig_mod".lstrip(".")
         for path, child in module.named_modules(remove_duplicate=False)
         if isinstance(child, compiled)
     }
-    if not inner:
-        return str
 
     def plain(name: str) -> str:
         parts = name.split(".")
         return ".".join(part for end, part in enumerate(parts, 1) if ".".join(parts[:end]) not in inner)
 
     return plain
+
+
+def _has_part(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module or a part of it is of a kind; without their paths, which cost most of the time."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, kind):
+            return True
+        if part is not None:
+            waiting += part._modules.values()
+    return False
 
 
 def plain_state(state_dict: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
