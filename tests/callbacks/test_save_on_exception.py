@@ -15,7 +15,9 @@ from holdfast.checkpoint.load import load
 from tests.training.toys import Toy, checkpoints, rows, trainer
 
 # Such a file was not taken at a safe point, which the run that goes on from it says.
-SAYS_SO = pytest.mark.filterwarnings("ignore:Resumed, this run is not bit for bit the one that never stopped")
+SAYS_SO = pytest.mark.filterwarnings(
+    "ignore:Once resumed, this run is not bit for bit the one that never stopped"
+)
 
 
 class Validated(Toy):

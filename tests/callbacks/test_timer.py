@@ -134,7 +134,7 @@ def test_moves_no_bits(tmp_path: Path) -> None:
     assert end_of(runs[0]) == end_of(plain)
 
 
-@pytest.mark.filterwarnings("ignore:Resumed, this run is not bit for bit the one that never stopped")
+@pytest.mark.filterwarnings("ignore:Once resumed, this run is not bit for bit the one that never stopped")
 def test_the_time_before_counts_after_a_resume(clock: Clock, tmp_path: Path) -> None:
     fit(clock, Timer({"seconds": 7}), max_steps=4, max_epochs=9).save_checkpoint(tmp_path / "a.ckpt")
     clock.now_s += 10_000
@@ -149,7 +149,7 @@ def test_a_run_whose_time_is_up_trains_nothing_more(clock: Clock, tmp_path: Path
     assert run.global_step == 4
 
 
-@pytest.mark.filterwarnings("ignore:Resumed, this run is not bit for bit the one that never stopped")
+@pytest.mark.filterwarnings("ignore:Once resumed, this run is not bit for bit the one that never stopped")
 def test_more_time_goes_on_where_it_was_up(clock: Clock, tmp_path: Path) -> None:
     first = fit(clock, Timer({"seconds": 4}), None, ModelCheckpoint(tmp_path, "a"), max_epochs=3)
     saves = ModelCheckpoint(tmp_path / "later")

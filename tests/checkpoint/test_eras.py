@@ -32,7 +32,7 @@ from holdfast.checkpoint.load import load
 from holdfast.checkpoint.migrate import upgrade
 
 # What else it says of such a file is that it is not exact: see tests/resume/test_declared.py.
-pytestmark = pytest.mark.filterwarnings("ignore:Resumed, this run is not bit for bit:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Once resumed, this run is not bit for bit:UserWarning")
 
 
 class Start(pl.Callback):

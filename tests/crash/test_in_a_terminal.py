@@ -103,7 +103,7 @@ def drawn(written: str) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()]
 
 
-SAID = "SIGINT: saving at the next safe point, then leaving (Ctrl-C again to leave at once)"
+SAID = "SIGINT: saving when this batch is done, then leaving (Ctrl-C again to leave at once)"
 
 
 @pytest.mark.parametrize(

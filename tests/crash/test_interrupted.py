@@ -21,7 +21,7 @@ from lives import (
 )
 
 INT, TERM = signal.SIGINT, signal.SIGTERM
-SAID = "SIGINT: saving at the next safe point, then leaving (Ctrl-C again to leave at once)"
+SAID = "SIGINT: saving when this batch is done, then leaving (Ctrl-C again to leave at once)"
 
 
 @pytest.fixture(scope="module")

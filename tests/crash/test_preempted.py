@@ -67,7 +67,7 @@ def test_stops_behind_the_batch_and_goes_on_as_if_never_stopped(
     assert_stopped(stopped, MOMENTS[moment])
     assert stopped.said("left") == [["received_sigterm=True", "handlers_kept=True"]]
     assert stopped.said("told") == [["of", "Preempted"]]
-    assert stopped.log.splitlines().count("SIGTERM: saving at the next safe point, then leaving") == 1
+    assert stopped.log.splitlines().count("SIGTERM: saving when this batch is done, then leaving") == 1
     path = stopped_file(root)
     finished = finish(root)
     assert finished.resumed_from == str(path)

@@ -38,6 +38,14 @@ FAILED: list[dict[str, Any]] = [
         "stops": 2,
         "kinds": ["error", "time", "error"],
     },
+    {
+        "monitor": "step",
+        "log_every": 2,
+        "max_time": "00:09:00:00",
+        "min_steps": 3,
+        "kinds": ["time", "error", "error"],
+        "places": [0.0, 0.5, 0.5],
+    },
     # More time for a run that had come to max_steps as well: its epoch had still to end.
     {
         "metrics": True,

@@ -308,6 +308,8 @@ def _fit_loader(plan: Plan) -> None:
         plan.update(workers=0, drop_last=False, collate=False)
     if kind in ("cycle with iterable", "own loader"):
         plan["other_workers"] = None
+    if kind in _STREAMS and plan["workers"]:
+        plan["drop_last"] = False  # each of them may have less than a batch
     if kind == "sized iterable":
         plan["workers"] = min(plan["workers"], 1)  # of more, torch cannot tell how many batches they give
     if kind == "torchdata iterable" and plan["workers"]:

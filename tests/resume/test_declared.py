@@ -32,7 +32,8 @@ from tests.training.toys import Toy, rows, trainer
 from .cases import Case
 from .harness import assert_resumes_exactly
 
-RESUMED = "Resumed, this run is not bit for bit the one that never stopped:\n  "
+RESUMED = "Once resumed, this run is not bit for bit the one that never stopped:\n  "
+REMEDY = '\nStart it as it was started, or train all the same with exact="warn".'
 REFUSED = 'Trainer(exact="require") refuses this run, and nothing was trained. It would not be exact:\n  '
 
 
@@ -121,6 +122,20 @@ class Counted(Sampler[int]):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(self.epoch)).tolist()
         self.epoch += 1
         return iter(order)
+
+
+class Statistics(Sampler[int]):
+    """Counts how often it was asked, and does nothing with that."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[int]:
+        self.asked += 1
+        return iter(range(12))
 
 
 class Hidden(Sampler[int]):
@@ -226,6 +241,7 @@ EXACT: dict[str, Callable[[], Any]] = {
     "an iterable's generator": lambda: DataLoader(Stream(), 4),
     "one in a worker": lambda: DataLoader(Stream(), 4, num_workers=1),
     "an iterable that counts, in a worker": lambda: DataLoader(CountedStream(), 4, num_workers=1),
+    "a sampler that only counts": lambda: DataLoader(Rows(), 4, sampler=Statistics()),
     "a sampler that is told its epoch": lambda: DataLoader(Rows(), 4, sampler=EpochFromOutside()),
     "a sampler with a state": lambda: DataLoader(Rows(), 4, sampler=Kept()),
     "a sampler that begins anew": lambda: DataLoader(Rows(), 4, sampler=BeginsAnew()),
@@ -352,7 +368,7 @@ class TestOtherCauses:
         assert warned_of(tmp_path / "a", Toy(), rows(), tmp_path / "theirs.ckpt") == [RESUMED + reason]
         with pytest.raises(pl.ConfigError) as refused:
             warned_of(tmp_path / "b", Toy(), rows(), tmp_path / "theirs.ckpt", exact="require")
-        assert str(refused.value) == REFUSED + reason
+        assert str(refused.value) == REFUSED + reason + REMEDY
 
     def test_a_file_behind_an_epoch_that_the_time_cut_short(self, tmp_path: Path) -> None:
         class UpAtOnce(Timer):
@@ -404,6 +420,47 @@ class Refuses(Toy):
         raise AssertionError("it validates")
 
 
+class Reader:
+    """A loader that knows its position."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Any:
+        for batch in list(rows())[self.at :]:
+            self.at += 1
+            yield batch
+        self.at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+class TestOneLoaderForBoth:
+    def test_with_a_state_it_is_declared_and_without_it_is_not(self, tmp_path: Path) -> None:
+        class Validated(Toy):
+            data: Any
+
+            def validation_step(self, batch: Any, batch_idx: int) -> None:
+                self.loss(batch)
+
+            def val_dataloader(self) -> Any:
+                return self.data
+
+        one, other, model = Reader(), rows(), Validated()
+        model.data = one
+        assert warned_of(tmp_path / "a", model, one, limit_val_batches=2) == [
+            RESUMED
+            + "One Reader is the training data and the validation data, and validation within an epoch "
+            "moves its state. Give each a loader of its own."
+        ]
+        model.data = other
+        assert warned_of(tmp_path / "b", model, other) == []
+
+
 class TestRequire:
     def test_all_reasons_at_once_and_nothing_is_trained_or_written(self, tmp_path: Path) -> None:
         data = DataLoader(Rows(noise()), 4, num_workers=2, in_order=False)
@@ -448,7 +505,7 @@ class TestRequire:
             "  accumulate_grad_batches: 1 -> 2\n"
             "  batch size of the training data: 4 -> 2\n"
             "  threads: 1 -> 2 (bits may differ)\n"
-            f"  {gone}"
+            f"  {gone}" + REMEDY
         )
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 

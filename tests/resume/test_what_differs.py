@@ -238,6 +238,25 @@ class TestOptimizers:
         ]
 
 
+class TestOverSeveralStarts:
+    def test_it_is_compared_with_what_trains_and_not_with_what_was_asked_for(self, tmp_path: Path) -> None:
+        """A rate that was asked for in vain is not what the third start goes on from."""
+
+        def model(lr: float) -> Configured:
+            return with_optimizer(lambda parameters: torch.optim.SGD(parameters, lr=lr))
+
+        first = save(tmp_path, model(0.1), rows())
+        rate = "learning rate of SGD, group 0: {} -> {} (the checkpoint's is gone on with)"
+        assert go_on(first, model(0.2), rows()) == [OTHER + rate.format(0.1, 0.2)]
+        (second,) = (tmp_path / "again").iterdir()
+        name = OTHER.replace("a.ckpt", second.name)
+        more = {"callbacks": ModelCheckpoint(tmp_path / "third"), "max_epochs": 3}
+        assert go_on(second, model(0.2), rows(), **more) == [name + rate.format(0.1, 0.2)]
+        (third,) = (tmp_path / "third").iterdir()
+        last = {"callbacks": ModelCheckpoint(tmp_path / "fourth"), "max_epochs": 4}
+        assert go_on(third, model(0.1), rows(), **last) == []
+
+
 class TestSettingsAndData:
     def test_the_trainers_settings(self, tmp_path: Path) -> None:
         path = save(tmp_path, Toy(), rows())

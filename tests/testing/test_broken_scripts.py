@@ -61,7 +61,7 @@ def parted(where: str, what: str, also: str = "", at: str = "0, batch 2") -> str
 def test_an_order_that_is_not_in_the_checkpoint(tmp_path: Path) -> None:
     """The run has found that out by itself and said it: so it is part of the message."""
     train = script(module=scripts.OnIds, train=lambda: loader(sampler=scripts.Rotating()))
-    with pytest.warns(UserWarning, match="Resumed, this run is not bit for bit") as warned:
+    with pytest.warns(UserWarning, match="Once resumed, this run is not bit for bit") as warned:
         said = message(train, tmp_path, at=6)
     reasons = "".join(str(warned[0].message).partition("\n")[1:])
     assert said == parted(

@@ -122,7 +122,7 @@ def test_what_it_leaves_and_says(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert (payload["global_step"], payload["holdfast"]["progress"]["stage"]) == (5, "batch")
     assert (about.exact, about.kind, about.step) == (True, "full", 5)
     *_, said, saved = capfd.readouterr().err.splitlines()
-    assert said == "SIGTERM: saving at the next safe point, then leaving"
+    assert said == "SIGTERM: saving when this batch is done, then leaving"
     assert saved.startswith("saved stopped.ckpt  step 5  ") and saved.endswith(" s")
     assert not any("Preemption" in key or "preemption" in key for key in payload["callbacks"])
 
@@ -478,7 +478,7 @@ def test_where_nothing_is_saved_it_says_so_and_leaves(
         run.fit(Validated(), rows(), rows(8))
     assert (run.global_step, checkpoints(tmp_path)) == (2, [])
     said = capfd.readouterr().err.splitlines()[-2:]
-    assert said == ["SIGTERM: leaving at the next safe point", f"nothing is saved: {why}"]
+    assert said == ["SIGTERM: leaving when this batch is done", f"nothing is saved: {why}"]
 
 
 def test_without_a_directory_of_a_callback_it_lies_where_auto_looks(tmp_path: Path) -> None:
@@ -625,7 +625,7 @@ def test_the_first_ctrl_c(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     error = stopped(tmp_path, at("on_train_batch_start", 2, INT), code=130)
     assert isinstance(error, Interrupted) and isinstance(error, KeyboardInterrupt)
     assert steps_of(tmp_path) == {"stopped.ckpt": 2}
-    line = "SIGINT: saving at the next safe point, then leaving (Ctrl-C again to leave at once)"
+    line = "SIGINT: saving when this batch is done, then leaving (Ctrl-C again to leave at once)"
     assert line in capfd.readouterr().err.splitlines()
 
 
@@ -1005,15 +1005,18 @@ def test_what_scontrol_answers_is_said(
     monkeypatch.setenv("FAILS", "Job is not allowed to be requeued")
     stopped(tmp_path / "run", at("on_train_batch_start", 2))
     assert capfd.readouterr().err.splitlines()[-1] == (
-        "SLURM: `scontrol requeue 12` failed with code 3: Job is not allowed to be requeued"
+        "SLURM: `scontrol requeue 12` failed with code 3: Job is not allowed to be requeued. "
+        'Submit the job again: ckpt_path="auto" goes on'
     )
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     stopped(tmp_path / "run", at("on_train_batch_start", 2), ckpt_path="auto")
     assert capfd.readouterr().err.splitlines()[-1] == (
-        "SLURM: `scontrol requeue 12` failed: [Errno 2] No such file or directory: 'scontrol'"
+        "SLURM: `scontrol requeue 12` failed: [Errno 2] No such file or directory: 'scontrol'. "
+        'Submit the job again: ckpt_path="auto" goes on'
     )
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")
     stopped(tmp_path / "run", at("on_train_batch_start", 1), ckpt_path="auto", plugins=[SLURMEnvironment()])
     assert capfd.readouterr().err.splitlines()[-1] == (
-        "SLURM: there is no job to requeue: SLURM_JOB_ID is not set, or the job is interactive"
+        "SLURM: there is no job to requeue: SLURM_JOB_ID is not set, or the job is interactive. Submit the job again: "
+        'ckpt_path="auto" goes on'
     )

@@ -345,6 +345,7 @@ def test_what_is_saved_after_a_fit_that_a_limit_ended_within_an_epoch_is_not_exa
         'Trainer(exact="require") refuses this run, and nothing was trained. It would not be exact:\n'
         "  after.ckpt was saved after a limit had ended its epoch early, and a run goes on from it with the next "
         "epoch: the rest of that one is left out. Go on from the last checkpoint of ModelCheckpoint."
+        '\nStart it as it was started, or train all the same with exact="warn".'
     )
     run = trainer(max_steps=3, max_epochs=None)
     run.fit(Toy(), rows())

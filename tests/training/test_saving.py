@@ -61,10 +61,10 @@ class TestSafePoint:
         run.save_checkpoint(tmp_path / "after.ckpt")
         assert not catalog.read_summary(tmp_path / "inside.ckpt").exact
         assert catalog.read_summary(tmp_path / "after.ckpt").exact
-        with pytest.warns(UserWarning, match="Resumed") as warned:
+        with pytest.warns(UserWarning, match="Once resumed") as warned:
             trainer().fit(Impatient(), rows(), ckpt_path=tmp_path / "inside.ckpt")
         assert [str(one.message) for one in warned] == [
-            "Resumed, this run is not bit for bit the one that never stopped:\n"
+            "Once resumed, this run is not bit for bit the one that never stopped:\n"
             "  inside.ckpt was not taken at a safe point, but inside a hook or after an exception: what the "
             "rest of that batch did is not in it. Go on from a checkpoint of ModelCheckpoint."
         ]

@@ -96,7 +96,7 @@ def test_a_time_is_looked_at_after_each_batch(interval: timedelta, steps: list[i
     assert model.validated_at == steps
 
 
-@pytest.mark.filterwarnings("ignore:Resumed, this run is not bit for bit the one that never stopped")
+@pytest.mark.filterwarnings("ignore:Once resumed, this run is not bit for bit the one that never stopped")
 def test_the_clock_goes_on_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "at.ckpt"
 

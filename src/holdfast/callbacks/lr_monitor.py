@@ -141,7 +141,9 @@ class LearningRateMonitor(Callback):
     ) -> None:
         """Log what is logged in steps, if this step is."""
         step = trainer.progress.batches_that_stepped
-        if (step + 1) % trainer.log_every_n_steps == 0 or trainer.should_stop:
+        # A run that stops for its time goes on with more of it, and then these are not its last steps.
+        last = trainer.should_stop and not trainer.preemption.time_over
+        if (step + 1) % trainer.log_every_n_steps == 0 or last:
             self._log(trainer, "step")
 
     def _due(self, moment: str) -> list[Watched]:

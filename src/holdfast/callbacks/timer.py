@@ -158,6 +158,7 @@ class Timer(Callback):
             rank_zero_info(
                 f"the time for training is up: {timedelta(seconds=int(elapsed_s))} of "
                 f"{timedelta(seconds=int(self._duration_s))}; training stops"
+                + (". The time counts over all starts of a run: raise it to go on" if self._before_s else "")
             )
         self._told = True
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ _POSITION = {
     "base_lrs", "last_epoch", "_step_count", "_is_initial", "_get_lr_called_within_step", "_last_lr", "best",
     "num_bad_epochs", "cooldown_counter", "_initial_step", "verbose",
 }  # fmt: skip
+_OF_THE_COMMAND = ("interval", "frequency", "monitor")
 _MAX_ITEMS = 32
 
 
@@ -66,9 +67,27 @@ def facts(trainer: Trainer) -> dict[str, Any] | None:
     loop = trainer.fit_loop
     if loop is None or not loop.command:
         return None
-    found = {**loop.command, **of_data(trainer)}
+    found = {**loop.command, **loop.in_force, **of_data(trainer)}
     if same(found["hyper_parameters"], hyperparameters(trainer)):
         del found["hyper_parameters"]
+    return found
+
+
+def in_force(then: dict[str, Any], now: dict[str, Any], afresh: Collection[str]) -> dict[str, Any]:
+    """The facts of a checkpoint that hold for the run that goes on from it, whatever its own command says.
+
+    Args:
+        then: The checkpoint's.
+        now: Those of the command.
+        afresh: The states of the checkpoint that were not put in.
+    """
+    found: dict[str, Any] = {}
+    for key, states in (("optimizers", "optimizer_states"), ("schedulers", "lr_schedulers")):
+        old, new = then.get(key) or [], now[key]
+        if states not in afresh and [one["class"] for one in old] == [one["class"] for one in new]:
+            # When a scheduler steps is the command's own.
+            own = [{name: one[name] for name in _OF_THE_COMMAND if name in one} for one in new]
+            found[key] = [{**before, **mine} for before, mine in zip(old, own, strict=True)]
     return found
 
 
@@ -119,7 +138,7 @@ def _of_optimizer(optimizer: Any) -> dict[str, Any]:
 
 
 def _of_scheduler(config: Any) -> dict[str, Any]:
-    options = {name: getattr(config, name) for name in ("interval", "frequency", "monitor")}
+    options = {name: getattr(config, name) for name in _OF_THE_COMMAND}
     return {"class": type(config.scheduler).__name__, **options, **_options(config.scheduler.state_dict())}
 
 

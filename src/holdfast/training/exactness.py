@@ -67,7 +67,7 @@ def before_first_batch(trainer: Trainer, resumed: dict[str, Any] | None) -> None
             title = f"{_name(trainer)} was saved by a run with other settings:"
             _say(title, differences(trainer, resumed))
         if resumed is not None or _can_be_resumed(trainer):
-            title = "Resumed, this run is not bit for bit the one that never stopped:"
+            title = "Once resumed, this run is not bit for bit the one that never stopped:"
             _say(title, reasons(trainer, resumed))
     if resumed is not None:
         for problem in ended.rates_at_their_end(trainer):
@@ -93,7 +93,8 @@ def _refuse(trainer: Trainer, resumed: dict[str, Any] | None) -> None:
         found = [*differences(trainer, resumed), *_not_restored(trainer, resumed), *found]
     if found:
         title = 'Trainer(exact="require") refuses this run, and nothing was trained. It would not be exact:'
-        raise ConfigError("\n  ".join([title, *found]))
+        remedy = '\nStart it as it was started, or train all the same with exact="warn".'
+        raise ConfigError("\n  ".join([title, *found]) + ("" if resumed is None else remedy))
 
 
 # -- what cannot be exact ------------------------------------------------------------------------------------
@@ -112,6 +113,8 @@ def reasons(trainer: Trainer, resumed: dict[str, Any] | None = None) -> list[str
         found += inexact_data.reasons([loop.stream], "training data")
     if loop is not None and loop.validation is not None:
         found += inexact_data.reasons(loop.validation.streams, "validation data")
+        if loop.stream is not None:
+            found += inexact_data.shared([loop.stream], loop.validation.streams)
     found += [
         *inexact_model.reasons(trainer),
         *_of_globals(trainer),

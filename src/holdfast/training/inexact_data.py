@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dis
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -29,6 +31,17 @@ def reasons(streams: Iterable[Any], what: str) -> Iterator[str]:
             )
         if not stream.stateful:  # as exact as its state
             yield from _of_stream(stream, what, facts)
+
+
+def shared(training: Iterable[Any], validation: Iterable[Any]) -> Iterator[str]:
+    """A sentence for each loader with a state that both train and validate: each moves it for the other."""
+    loaders = [part.loader for part in parts_of(list(training)) if part.stateful]
+    for part in parts_of(list(validation)):
+        if any(part.loader is loader for loader in loaders):
+            yield (
+                f"One {type(part.loader).__name__} is the training data and the validation data, and "
+                "validation within an epoch moves its state. Give each a loader of its own."
+            )
 
 
 def _of_stream(stream: BatchStream, what: str, facts: dict[str, Any]) -> Iterator[str]:
@@ -82,19 +95,33 @@ def _of_numbers(owner: Any, what: str, remedy: str) -> Iterator[str]:
 
 
 def _carried_over(owner: Any) -> list[str]:
-    """Numbers among an object's attributes that ``__iter__`` reads before it changes them."""
+    """Numbers among an object's attributes that ``__iter__`` depends on, and goes on from the next time."""
     code = getattr(getattr(type(owner), "__iter__", None), "__code__", None)
     if code is None or type(owner).__module__.startswith(("torch.", "torchdata.")):
         return []
     read: set[str] = set()
     written: set[str] = set()
     found: list[str] = []
+    writes = Counter[str]()
     for instruction in dis.get_instructions(code):
         name = instruction.argval
         if instruction.opname == "LOAD_ATTR":
             read |= {name} - written
         elif instruction.opname == "STORE_ATTR":
             written.add(name)
+            writes[name] += 1
             if name in read and name not in found and type(vars(owner).get(name)) in (int, float):
                 found.append(name)
-    return found
+    # What is read as often as it is written, as by ``+=``, only counts.
+    reads = Counter(_attributes_read(code))
+    return [name for name in found if reads[name] > writes[name]]
+
+
+def _attributes_read(code: CodeType) -> Iterator[str]:
+    """The attributes that a function reads, and those that functions within it read."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_ATTR":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _attributes_read(constant)

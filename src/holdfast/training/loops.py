@@ -62,6 +62,8 @@ class FitLoop(LoopView):
         self._stopwatch: Stopwatch | None = None
         self.command: dict[str, Any] = {}
         """What the fit was started with; see `command.note`."""
+        self.in_force: dict[str, Any] = {}
+        """What a checkpoint's state has put in the place of that; see `command.in_force`."""
         self.changes: ModelChanges | None = None
         """What training changes of the model besides its state_dict; watched once the model is set up."""
 

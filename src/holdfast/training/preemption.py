@@ -144,9 +144,8 @@ class Preemption(Checkpoint):
             return
         self.received = number
         trainer.request_save(self)
-        line = "leaving at the next safe point"
-        if _why_nothing_is_saved(trainer) is None:
-            line = "saving at the next safe point, then leaving"
+        nothing = _why_nothing_is_saved(trainer) is not None or self._nothing_new(trainer)
+        line = f"leaving {_when(trainer)}" if nothing else f"saving {_when(trainer)}, then leaving"
         if number == signal.SIGINT:
             line += " (Ctrl-C again to leave at once)"
         _say_at_once(f"{number.name}: {line}", trainer)
@@ -198,7 +197,7 @@ class Preemption(Checkpoint):
     def committed(self, trainer: Trainer, plan: SavePlan, report: Any) -> None:
         """Say where the file is."""
         self.files.saved(trainer, plan)
-        name, size = os.path.basename(plan.names[0]), format_size(report.size_bytes)
+        name, size = os.path.relpath(plan.names[0]), format_size(report.size_bytes)
         rank_zero_info(f"saved {name}  step {trainer.global_step}  {size} in {report.durable_s:.2f} s")
 
     def after_saves(self, trainer: Trainer) -> None:
@@ -268,6 +267,8 @@ class Preemption(Checkpoint):
             rank_zero_info("not started again: SLURM says that the job was cancelled or its time was up")
             return
         problem = slurm.requeue()
+        if problem is not None:
+            problem += '. Submit the job again: ckpt_path="auto" goes on'
         rank_zero_info("SLURM starts the job again" if problem is None else f"SLURM: {problem}")
 
 
@@ -319,6 +320,12 @@ class _Handlers:
             # One that means to leave gets its way at the safe point, where all is saved.
             with suppress(SystemExit):
                 earlier(number, frame)
+
+
+def _when(trainer: Trainer) -> str:
+    if trainer.sanity_checking or trainer.validating:
+        return "when this validation is done"
+    return "when this batch is done" if trainer.training else "at the next safe point"
 
 
 def _say_at_once(line: str, trainer: Trainer) -> None:

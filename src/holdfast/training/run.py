@@ -286,6 +286,9 @@ def fit(
     if resolved is not None:
         state.restore_training(trainer, resolved.payload, source, afresh)
         state.describe_resume(trainer, resolved.payload, resolved.path, resolved.skipped)
+    if resumed is not None:
+        loop = trainer.fit_loop
+        loop.in_force = command.in_force(resumed.get("command") or {}, loop.command, afresh)
     trainer.preemption.begin(trainer, resumed)
     if resolved is not None:
         # All of it is in place now, and optimizer state need not be in memory twice.
