@@ -325,6 +325,12 @@ def _fit_loader(plan: Plan) -> None:
         plan["shuffle"] = False
     if plan["sampler"] == "lazy batches":
         plan["drop_last"] = False
+    if plan["context"] == "spawn":
+        # Each of them takes seconds to start, and they start anew in every epoch.
+        plan.update(data="one", epochs=min(plan["epochs"], 2), val_workers=0)
+        plan["workers"] = min(plan["workers"], 2)
+        if plan["other_workers"] is not None:
+            plan["other_workers"] = [min(one, 2) for one in plan["other_workers"]]
     if not plan["workers"] and not plan["other_workers"]:
         plan.update(prefetch=None, context=None, worker_init=False)
         if not plan["val_workers"]:
