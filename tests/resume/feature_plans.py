@@ -282,6 +282,9 @@ def _fit_optimization(plan: Plan) -> None:
             plan["average"] = None
     elif plan["optimizer"].startswith("lbfgs"):
         plan.update(accumulate=1, clip=None, finetuning=None, precision="32-true", scheduler=None)
+    if plan["average"] in _SWA and plan["data"] == "stateful loader":
+        # It reads the data once more when training has ended, and this loader counts that.
+        plan["average"] = None
     if plan["average"] in _SWA and (plan["optimizer"] == "two groups" or plan["scheduler"] in ("two", "own")):
         plan["average"] = None
     if plan["precision"] == "16-true":

@@ -132,7 +132,8 @@ def fit(
     try:
         trainer.fit(module, ckpt_path=ckpt_path, **arguments)
     except ConfigError as error:
-        if plan["exact"] == "require" and "was not taken at a safe point" in str(error):
+        inexact = ("was not taken at a safe point", "was saved after a limit had ended its epoch early")
+        if plan["exact"] == "require" and any(reason in str(error) for reason in inexact):
             raise Refused from error
         raise
     return trainer, stop
