@@ -103,7 +103,9 @@ def drawn(written: str) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()]
 
 
-SAID = "SIGINT: saving when this batch is done, then leaving (Ctrl-C again to leave at once)"
+def said(hook: str) -> str:
+    what = hook.removesuffix("_step").replace("training", "batch")
+    return f"SIGINT: saving when this {what} is done, then leaving (Ctrl-C again to leave at once)"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +116,8 @@ def test_the_live_bar(tmp_path: os.PathLike[str], hook: str, step: int, done: st
     assert code == 130
     assert [re.sub(r"\d[\d.]* kB in .*", "SIZE", line) for line in above] == [
         "begin",
-        SAID,
-        f"saved stopped.ckpt  step {step}  SIZE",
+        said(hook),
+        f"saved checkpoints/stopped.ckpt  step {step}  SIZE",
     ]
     assert re.fullmatch(rf"Epoch 1/1 [━╸╺]+ {done}( .*)?", bar)
 
@@ -124,5 +126,5 @@ def test_the_live_bar(tmp_path: os.PathLike[str], hook: str, step: int, done: st
 def test_the_tqdm_bar(tmp_path: os.PathLike[str], hook: str) -> None:
     code, lines = screen_of("tqdm", hook, os.fspath(tmp_path))
     assert code == 130
-    assert SAID in lines
+    assert said(hook) in lines
     assert sum(line.startswith("Epoch 0:") for line in lines) == 1

@@ -46,6 +46,14 @@ FAILED: list[dict[str, Any]] = [
         "kinds": ["time", "error", "error"],
         "places": [0.0, 0.5, 0.5],
     },
+    # An end between two saves of one moment left a full checkpoint that told of weights which were not there.
+    {
+        "limit_train": 2,
+        "epochs": 1,
+        "accumulate": 2,
+        "saves": ["weights", "step2"],
+        "places": [0.68, 0.5, 0.5],
+    },
     # More time for a run that had come to max_steps as well: its epoch had still to end.
     {
         "metrics": True,

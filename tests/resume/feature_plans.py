@@ -282,6 +282,9 @@ def _fit_optimization(plan: Plan) -> None:
             plan["average"] = None
     elif plan["optimizer"].startswith("lbfgs"):
         plan.update(accumulate=1, clip=None, finetuning=None, precision="32-true", scheduler=None)
+    if plan["own_generator"] and plan["other_workers"]:
+        # Workers have drawn ahead in an epoch that ends before anybody could know.
+        plan.update(early=None, stop_at=None, max_steps=-1)
     if plan["average"] in _SWA and plan["data"] == "stateful loader":
         # It reads the data once more when training has ended, and this loader counts that.
         plan["average"] = None

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
     pytest.mark.filterwarnings("ignore:Trainer.overfit_batches=:UserWarning"),
     # Here the time is over at once, or never.
-    pytest.mark.filterwarnings(r"ignore:Resumed.*\s+Trainer.val_check_interval=:UserWarning"),
+    pytest.mark.filterwarnings(r"ignore:Once resumed.*\s+Trainer.val_check_interval=:UserWarning"),
 ]
 
 DATA_HOOKS = (

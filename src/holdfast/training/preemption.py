@@ -144,8 +144,8 @@ class Preemption(Checkpoint):
             return
         self.received = number
         trainer.request_save(self)
-        nothing = _why_nothing_is_saved(trainer) is not None or self._nothing_new(trainer)
-        line = f"leaving {_when(trainer)}" if nothing else f"saving {_when(trainer)}, then leaving"
+        saves = _why_nothing_is_saved(trainer) is None
+        line = f"saving {_when(trainer)}, then leaving" if saves else f"leaving {_when(trainer)}"
         if number == signal.SIGINT:
             line += " (Ctrl-C again to leave at once)"
         _say_at_once(f"{number.name}: {line}", trainer)

@@ -49,7 +49,8 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
             plan = callback.plan_save(trainer)
             if plan is not None:
                 open_plans.append((callback, plan))
-        for weights_only in (False, True):
+        # Full checkpoints last: what they say of the others is true then, whenever a kill comes.
+        for weights_only in (True, False):
             group = [(callback, plan) for callback, plan in open_plans if plan.weights_only is weights_only]
             if not group:
                 continue
