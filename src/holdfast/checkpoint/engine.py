@@ -4,57 +4,101 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from holdfast.checkpoint import commit, container, payload, pickling
-from holdfast.checkpoint.checksum import crc32
-from holdfast.checkpoint.container import Entry
-from holdfast.checkpoint.tensors import Plan, Record
+from torch import Tensor
+
+from holdfast.checkpoint import commit, payload, pickling, writing
+from holdfast.checkpoint.point_in_time import PointInTime
+from holdfast.checkpoint.report import SaveReport
+from holdfast.checkpoint.tensors import Plan
 from holdfast.errors import ConfigError
 
-_COALESCE_BYTES = 4 << 20
-_SMALL_BYTES = 128 << 10
+
+class SnapshotChanged(Exception):
+    """Tensors were changed while they were copied: that snapshot is not one moment, and was thrown away.
+
+    Attributes:
+        names: the tensors, as they are called in the payload. The engine copies them at once from now on.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"{', '.join(names)} changed while being copied")
+        self.names = tuple(names)
 
 
-@dataclass(frozen=True)
-class SaveReport:
-    """What one save did.
+class PendingSave:
+    """A save that goes on in the background.
 
     Attributes:
         path: the final name.
-        names: the further names that hold the same content now.
-        links: for each of them, how: "reflink", "hard link", "symlink", "copy" or "same".
-        size_bytes: length of the file.
+        names: further names for the same content.
+        omissions: (path, reason) of each value that could not be stored; known at once.
         blocked_s: seconds for which the caller waited.
-        durable_s: seconds until the file and its directory were on disk.
-        omissions: (path, reason) of each value that could not be stored.
     """
 
-    path: str
-    names: tuple[str, ...]
-    size_bytes: int
-    blocked_s: float
-    durable_s: float
-    omissions: list[tuple[str, str]] = field(default_factory=list)
-    links: tuple[str, ...] = ()
+    def __init__(
+        self,
+        path: str,
+        names: tuple[str, ...],
+        omissions: list[tuple[str, str]],
+        on_end: Callable[[PendingSave], None] | None,
+    ) -> None:
+        self.path = path
+        self.names = names
+        self.omissions = omissions
+        self.blocked_s = 0.0
+        self._on_end = on_end
+        self._ended = threading.Event()
+        self._report: SaveReport | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is durable under all its names, or has failed."""
+        return self._ended.is_set()
+
+    def wait(self) -> SaveReport:
+        """Return when the file is durable under all its names.
+
+        Raises:
+            StorageError: the disk refused; with the traceback of where it was met.
+            SnapshotChanged: the tensors changed while they were copied. Save again at the next safe point.
+        """
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._report is not None
+        return self._report
+
+    def _end(self, report: SaveReport | None, error: BaseException | None) -> None:
+        self._report, self._error = report, error
+        self._ended.set()
+        if self._on_end is not None:
+            self._on_end(self)
 
 
 class CheckpointEngine:
     """Saves payloads as files that are whole or absent.
 
-    One save is in flight at a time. What `save` promises does not depend on whether the writing happens
-    before it returns or in the background; `wait` and `close` are where a caller meets what is still
-    running, and where its errors are raised if no further `save` comes.
+    One save is in flight at a time; a further one waits for it. `wait` and `close` are where a caller meets
+    what is still running.
     """
 
     copying = False
     """Whether a snapshot still reads live tensors: then `wait_for_copy` has to come before they change."""
 
+    def __init__(self) -> None:
+        self._pending: PendingSave | None = None
+
+    def prepare(self, size_bytes: int) -> None:
+        """Make memory ready in the background for snapshots of about ``size_bytes``; returns at once."""
+
     def wait_for_copy(self) -> None:
-        """Return when live tensors may change again. A save that blocks has copied by the time it returns."""
+        """Return when live tensors may change again: the snapshot in flight, if any, has read them all."""
 
     def save(
         self,
@@ -64,7 +108,6 @@ class CheckpointEngine:
         names: Sequence[str | os.PathLike[str]] = (),
         symlinks: bool = True,
         summary: dict[str, Any] | None = None,
-        on_commit: Callable[[SaveReport], None] | None = None,
     ) -> SaveReport:
         """Save the payload as it is at this moment, durably and under all its names.
 
@@ -77,10 +120,9 @@ class CheckpointEngine:
             names: further names for the same content, at no further space where the file system can.
             symlinks: whether a further name may be a symlink, which ends with the file under ``path``.
             summary: plain values that a directory listing shows: step, epoch, metrics, exact, kind.
-            on_commit: called with the report when the file is durable under all its names.
 
         Ranks: the one that writes.
-        Blocks: until the file and its directory are on disk.
+        Blocks: until the save before it has ended, and the file and its directory are on disk.
         On return: the payload may be changed; nothing that happens to it now is in the file.
 
         Raises:
@@ -88,18 +130,81 @@ class CheckpointEngine:
                 it a further name fails, ``path`` has it already.
             ConfigError: the summary is not plain values.
         """
+        began = time.monotonic()
+        self._wait_for_end()
+        queued_s = time.monotonic() - began
         with pickling.uncollected():
-            report = _save(payload, path, names, symlinks, summary or {})
-        if on_commit is not None:
-            on_commit(report)
-        return report
+            return _save(payload, path, names, symlinks, summary or {}, began, queued_s)
+
+    def save_in_background(
+        self,
+        payload: Any,
+        path: str | os.PathLike[str],
+        *,
+        names: Sequence[str | os.PathLike[str]] = (),
+        symlinks: bool = True,
+        summary: dict[str, Any] | None = None,
+        late: Collection[Tensor] = (),
+        attempts: int = 1,
+        on_end: Callable[[PendingSave], None] | None = None,
+    ) -> PendingSave:
+        """Save the payload as it is at this moment; return when its snapshot is taken, or is being taken.
+
+        Args:
+            payload: as for `save`.
+            path: as for `save`.
+            names: as for `save`.
+            symlinks: as for `save`.
+            summary: as for `save`.
+            late: live tensors that nothing changes before `wait_for_copy` or the next step of any
+                `torch.optim.Optimizer`: they may be copied after the call has returned. All others are
+                copied at once.
+            attempts: how often the file is written, each time anew, before the save has failed.
+            on_end: called in the background, with this save, when it is durable or has failed. It must
+                return quickly, and must not save.
+
+        Ranks: the one that writes.
+        Blocks: until the save before it has ended, and for the copy of what is not ``late``.
+        On return: all but the tensors in ``late`` may be changed; while `copying`, those only after
+            `wait_for_copy`.
+
+        Raises:
+            ConfigError: the summary is not plain values.
+        """
+        began = time.monotonic()
+        self._wait_for_end()
+        queued_s = time.monotonic() - began
+        snapshot = PointInTime().of(payload)
+        final = os.path.abspath(os.fspath(path))
+        further = tuple(os.path.abspath(os.fspath(name)) for name in names)
+        about = plain_summary(summary or {})
+        pending = PendingSave(final, further, [], on_end)
+
+        def run() -> None:
+            try:
+                report = _save(snapshot, final, further, symlinks, about, began, queued_s)
+            except BaseException as error:
+                pending._end(None, error)
+            else:
+                pending._end(report, None)
+
+        self._pending = pending
+        threading.Thread(target=run, name="holdfast-save").start()
+        pending.blocked_s = time.monotonic() - began
+        return pending
 
     def wait(self) -> None:
-        """Return when every save so far is durable; raise the error of one that failed."""
+        """Return when every save so far has ended; what one failed with, its `PendingSave` raises."""
+        self._wait_for_end()
 
     def close(self) -> None:
         """Wait, and let go of threads and buffers; the engine can be used again afterwards."""
         self.wait()
+
+    def _wait_for_end(self) -> None:
+        if self._pending is not None:
+            self._pending._ended.wait()
+            self._pending = None
 
 
 def _save(
@@ -108,8 +213,9 @@ def _save(
     names: Sequence[str | os.PathLike[str]],
     symlinks: bool,
     summary: dict[str, Any],
+    began: float,
+    queued_s: float,
 ) -> SaveReport:
-    began = time.monotonic()
     final = os.path.abspath(os.fspath(path))
     encoded = payload.encode(value)
     plan = Plan(encoded.tensors)
@@ -118,13 +224,25 @@ def _save(
     about["saved_at"] = time.time()
     keys = encoded.tree if isinstance(encoded.tree, dict) else {}
     about["contents"] = [key for key in keys if isinstance(key, str)]
+    writes = time.monotonic()
     with commit.replacing(final) as file:
         file.needed_bytes = len(pickled) + sum(record.length for record in plan.records)
-        size = write(file.fd, pickled, plan.records, encoded, about)
+        size = writing.write(file.fd, pickled, plan.records, encoded, about)
+    write_s = time.monotonic() - writes
     further = tuple(os.path.abspath(os.fspath(name)) for name in names)
     links = [commit.add_name(final, name, symlink=symlinks) for name in further]
     spent = time.monotonic() - began
-    return SaveReport(final, further, size, spent, spent, encoded.omissions, tuple(links))
+    return SaveReport(
+        final,
+        further,
+        size,
+        spent,
+        spent,
+        encoded.omissions,
+        tuple(links),
+        queued_s=queued_s,
+        write_s=write_s,
+    )
 
 
 def plain_summary(summary: dict[str, Any]) -> dict[str, Any]:
@@ -151,74 +269,3 @@ def _plain(value: Any, where: str) -> Any:
         f"summary: {where} is a {type(value).__name__}; a summary holds plain values only "
         "(text, numbers, True, False, None, and lists and dicts of them)."
     )
-
-
-def write(
-    fd: int, pickled: bytes, records: list[Record], encoded: payload.Encoded, about: dict[str, Any]
-) -> int:
-    """Write the whole file from its start; return its length.
-
-    Memory: a few chunks, however large the state.
-    """
-    writer = _Writer(fd)
-    writer.add("data.pkl", pickled)
-    writer.add("version", b"3\n")
-    writer.add("byteorder", b"little")
-    tensors: dict[str, list[str]] = {}
-    for record in records:
-        tensors[record.name] = [
-            container.tensor_json(span.name, str(span.tensor.dtype)[6:], span.tensor.shape)
-            for span in record.spans
-        ]
-        writer.add_record(record)
-    manifest = container.records_bytes(writer.entries, tensors, encoded.types, encoded.omissions)
-    placed = writer.add(container.RECORDS, manifest)
-    writer.add(container.SUMMARY, container.summary_bytes(about, placed))
-    writer.flush()
-    commit.crash_point("before-directory")
-    return commit.writev_all(fd, [container.directory(writer.entries, writer.at)], writer.at)
-
-
-class _Writer:
-    """Lays records out one after the other and writes them in large pieces."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.entries: list[Entry] = []
-        self.at = 0  # where the next header goes
-        self._written = 0
-        self._pending: list[bytes] = []
-
-    def add(self, name: str, data: bytes) -> Entry:
-        """Place a small record; it is written with its neighbours."""
-        entry = self._place(name, len(data), crc32(data))
-        self._pending.append(data)
-        if self.at - self._written >= _COALESCE_BYTES:
-            self.flush()
-        return entry
-
-    def add_record(self, record: Record) -> None:
-        if record.length <= _SMALL_BYTES:
-            self.add(record.name, record.small())
-            return
-        # Twice over the memory, since a zip's checksum stands before the data; a checksum costs little.
-        checksum = 0
-        for chunk in record.chunks():
-            checksum = crc32(chunk, checksum)
-        self._place(record.name, record.length, checksum)
-        for chunk in record.chunks():
-            self.flush(chunk)
-
-    def _place(self, name: str, length: int, checksum: int) -> Entry:
-        header = container.local_header(name, self.at, length, checksum)
-        entry = Entry(name, self.at, self.at + len(header), length, checksum)
-        self.entries.append(entry)
-        self.at = entry.offset + length
-        self._pending.append(header)
-        return entry
-
-    def flush(self, chunk: Any = b"") -> None:
-        """Write what is pending, and then the chunk."""
-        self._written = commit.writev_all(self.fd, [b"".join(self._pending), chunk], self._written)
-        self._pending = []
-        commit.crash_point("writing")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.checkpoint import payload as payloads
 from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO, writes_own_format
-from holdfast.checkpoint.engine import SaveReport, plain_summary
+from holdfast.checkpoint.engine import plain_summary
+from holdfast.checkpoint.report import SaveReport
 from holdfast.training import state
 from holdfast.training.hooks import profile
 from holdfast.utilities.model_helpers import is_overridden

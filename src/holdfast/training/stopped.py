@@ -9,7 +9,7 @@ from holdfast.callbacks import lineage, naming
 from holdfast.callbacks.base import SavePlan
 from holdfast.callbacks.kept_checkpoints import default_directory
 from holdfast.checkpoint import catalog
-from holdfast.checkpoint.engine import SaveReport
+from holdfast.checkpoint.report import SaveReport
 from holdfast.training.resume import run_directories
 from holdfast.utilities.rank_zero import rank_zero_info
 
