@@ -30,6 +30,16 @@ FAILED: list[dict[str, Any]] = [
     {"data": "max_size_cycle", "shuffle": True, "own_generator": True, "other_workers": [2]},
     {"limit_train": 2, "shuffle": True, "own_generator": True, "other_workers": [2], "epochs": 3},
     {"data": "max_size_cycle", "sampler": "lazy", "other_workers": [2], "places": [0.3, 0.5, 0.5]},
+    # Workers had asked the sampler for its last row, behind which it draws, when the resumed run saved again.
+    {
+        "shuffle": True,
+        "own_generator": True,
+        "other_workers": [2],
+        "val": "one",
+        "val_interval": 0.5,
+        "saves": ["max_topk", "epoch2", "step2"],
+        "stops": 2,
+    },
     # One save for two callbacks, which give it the same name in different directories, was the first one's alone.
     {
         "val": "one",
