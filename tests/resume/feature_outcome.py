@@ -26,7 +26,7 @@ INCIDENTAL = frozenset(
 # With how many workers the batches were loaded, how far those were ahead, and whether torchdata's had been asked
 # for one row more after the last.
 OF_WORKERS = frozenset({"workers", "drawn", "ended", "fetcher_ended"})
-# In the middle of an epoch: with "drawn" and "ended" it comes back to the same row, however far workers were ahead.
+# In the middle of an epoch: with what says how much was drawn, it comes back to the same row, however far workers were ahead.
 OWN_GENERATORS = "the loader's own generators"
 # What the run that was stopped had less of, and what followed from it: its epoch was cut short and saved.
 OF_TIME = frozenset({"limits", "should_stop", "evict"})
@@ -125,8 +125,8 @@ def logged(directory: Path) -> dict[str, Any]:
 def plain(value: Any, root: Path, leave_out: frozenset[str] = INCIDENTAL) -> Any:
     """The value without what differs between any two runs, and with its keys in order."""
     if isinstance(value, dict):
-        if OWN_GENERATORS in leave_out and "drawn" in value and "now" in value:
-            value = {**value, "now": {key: one for key, one in value["now"].items() if key != "own"}}
+        if OWN_GENERATORS in leave_out and "begin" in value and "now" in value:
+            value = {**value, "now": plain(value["now"], root, leave_out | {"own"})}
         pairs = {
             plain(key, root): "N"
             if key == "version" and isinstance(inner, int)
