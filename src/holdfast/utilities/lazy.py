@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -28,7 +30,8 @@ def lazily(
                 # An AttributeError would be answered by Python's own "cannot import name", without this text.
                 raise ImportError(f"{package} has no {name}. {instead}", name=package)
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(home, package)
+        with _uncollected():
+            module = importlib.import_module(home, package)
         value = module if home == f".{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
@@ -37,3 +40,18 @@ def lazily(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return get, names
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python's cyclic collector out of an import, which makes no garbage.
+
+    Its pass over all that torch has made takes longer than loading all of holdfast's modules.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
