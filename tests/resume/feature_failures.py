@@ -40,6 +40,9 @@ FAILED: list[dict[str, Any]] = [
         "saves": ["max_topk", "epoch2", "step2"],
         "stops": 2,
     },
+    # The workers of a loader that was given again had been ended with the loader before it.
+    {"data": "torchdata iterable", "workers": 1, "persistent": True, "reload": 1},
+    {"data": "torchdata", "workers": 2, "persistent": True, "reload": 1, "shuffle": True, "epochs": 3},
     # One save for two callbacks, which give it the same name in different directories, was the first one's alone.
     {
         "val": "one",
