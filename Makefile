@@ -3,8 +3,9 @@
 #   make demo     train, kill, start again, compare bit for bit
 #   make test     the whole test suite
 #   make check    ruff, mypy --strict, the architecture tests
-#   make soak     search for a resumed run that differs, for MINUTES (60); SEED=n starts elsewhere
-#   make bench    step overhead and import time beside their peers
+#   make soak     damage files at random for FUZZ minutes (5), then search for a resumed run that differs, for
+#                 MINUTES (60); SEED=n starts elsewhere
+#   make bench    step overhead, import time, saving and loading beside their peers
 #   make clean    remove the environment and caches; runs/ stays
 #
 # PYTHON=python3.12      which Python makes the environment (3.10 or newer)
@@ -18,6 +19,7 @@ VENV   ?= .venv
 ARGS   ?=
 SEED   ?= 1000
 MINUTES ?= 60
+FUZZ   ?= 5
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -31,8 +33,8 @@ help:
 	@echo 'make demo     train on real digits, kill -9 in mid-epoch, start again, compare bit for bit'
 	@echo 'make test     run the whole test suite'
 	@echo 'make check    ruff, mypy --strict on the package, the architecture tests'
-	@echo 'make soak     search for a resumed run that differs, for an hour: MINUTES=n; SEED=n starts elsewhere'
-	@echo 'make bench    step overhead and import time beside a raw loop, Accelerate and Lightning'
+	@echo 'make soak     damage files for FUZZ=5 minutes, look for resumed runs that differ for MINUTES=60; SEED=n'
+	@echo 'make bench    steps, imports, saving and loading beside their peers: three quarters of an hour'
 	@echo 'make clean    remove the environment and caches; runs/ stays'
 	@echo
 	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS SEED MINUTES'
@@ -53,11 +55,15 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 	@$(BIN)/python -m pytest -q --durations=0 tests/test_import_direction.py tests/test_public_names.py tests/test_readme.py
 
 soak: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.attacks.fuzz --minutes $(FUZZ) --seed $(SEED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.resume.search --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	@$(BIN)/python benchmarks/step_overhead.py $(ARGS)
 	@$(BIN)/python benchmarks/import_time.py
+	@$(BIN)/python benchmarks/saving.py
+	@$(BIN)/python benchmarks/training_cost.py
+	@$(BIN)/python benchmarks/training_cost.py --threads 2
 
 clean:
 	@echo '== removing $(VENV) and caches'

@@ -21,7 +21,9 @@ FLOORS: list[set[str]] = [
     {"accelerators", "checkpoint"},
     {"callbacks", "loggers", "profilers", "strategies"},
     {"training"},
-    {"", "checkpointer", "cli", "__main__", "core", "plugins", "testing", "trainer", "tuner"},
+    {"", "checkpointer", "core", "plugins", "testing", "trainer", "tuner"},
+    {"cli"},
+    {"__main__"},
 ]
 
 # Files over 450 lines, each with the reason why it is one idea.
@@ -34,7 +36,10 @@ WITHOUT_TORCH = [
     "holdfast.checkpoint.catalog",
     "holdfast.checkpoint.commit",
     "holdfast.checkpoint.integrity",
+    "holdfast.checkpoint.choice",
     "holdfast.checkpoint.retention",
+    "holdfast.checkpoint.verify",
+    "holdfast.cli",
 ]
 
 

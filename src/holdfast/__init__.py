@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from holdfast import trainer as trainer
     from holdfast import utilities as utilities
     from holdfast.callbacks.base import Callback as Callback
+    from holdfast.checkpoint.engine import save as save
+    from holdfast.checkpoint.load import load as load
+    from holdfast.checkpoint.report import SaveReport as SaveReport
+    from holdfast.checkpoint.retention import KeepAll as KeepAll
+    from holdfast.checkpoint.retention import KeepBest as KeepBest
+    from holdfast.checkpoint.retention import KeepEvery as KeepEvery
+    from holdfast.checkpoint.retention import KeepLast as KeepLast
+    from holdfast.checkpoint.retention import KeepNewer as KeepNewer
+    from holdfast.checkpoint.single import load_tensor as load_tensor
+    from holdfast.checkpoint.verify import VerifyReport as VerifyReport
+    from holdfast.checkpoint.verify import verify as verify
+    from holdfast.checkpointer import Checkpointer as Checkpointer
     from holdfast.errors import ArgumentError as ArgumentError
     from holdfast.errors import CheckpointCorrupt as CheckpointCorrupt
     from holdfast.errors import CheckpointError as CheckpointError
@@ -47,23 +59,35 @@ _HOMES = {
     "CheckpointIncomplete": "holdfast.errors",
     "CheckpointNotFound": "holdfast.errors",
     "CheckpointUnsafe": "holdfast.errors",
+    "Checkpointer": "holdfast.checkpointer",
     "ConfigError": "holdfast.errors",
     "HoldfastError": "holdfast.errors",
+    "KeepAll": "holdfast.checkpoint.retention",
+    "KeepBest": "holdfast.checkpoint.retention",
+    "KeepEvery": "holdfast.checkpoint.retention",
+    "KeepLast": "holdfast.checkpoint.retention",
+    "KeepNewer": "holdfast.checkpoint.retention",
     "LightningDataModule": "holdfast.training.datamodule",
     "LightningModule": "holdfast.training.module",
+    "SaveReport": "holdfast.checkpoint.report",
     "StorageError": "holdfast.errors",
     "Trainer": "holdfast.training.trainer",
+    "VerifyReport": "holdfast.checkpoint.verify",
     "accelerators": ".accelerators",
     "callbacks": ".callbacks",
     "core": ".core",
+    "load": "holdfast.checkpoint.load",
+    "load_tensor": "holdfast.checkpoint.single",
     "loggers": ".loggers",
     "plugins": ".plugins",
     "profilers": ".profilers",
+    "save": "holdfast.checkpoint.engine",
     "seed_everything": "holdfast.utilities.seed",
     "strategies": ".strategies",
     "testing": ".testing",
     "trainer": ".trainer",
     "utilities": ".utilities",
+    "verify": "holdfast.checkpoint.verify",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from holdfast.callbacks import ModelCheckpoint
-from holdfast.checkpoint import catalog
+from holdfast.checkpoint import catalog, reserved
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
+from holdfast.training.checkpoint_stats import CheckpointStats
 
 
 class Killed(BaseException):
@@ -46,6 +47,7 @@ class FakeTrainer:
         self.fit_loop = None
         self.preemption = SimpleNamespace(cut_short=False)
         self.engine = CheckpointEngine()
+        self.checkpoint_stats = CheckpointStats()
         self.kill_before_commit_of_step: int | None = None
         self.kill_between_names = False
         self.requests: list[ModelCheckpoint] = []
@@ -128,6 +130,8 @@ class FakeTrainer:
                 one.rolled_back(self, plan)  # type: ignore[arg-type]
             raise
         if killed:
+            for _, plan in planned:
+                reserved.give_up(plan.names)  # the end of a process does that
             raise Killed
         for one, plan in planned:
             one.committed(self, plan, report)  # type: ignore[arg-type]

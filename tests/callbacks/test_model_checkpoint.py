@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from holdfast.callbacks import ModelCheckpoint
+from holdfast.checkpoint import commit
 from holdfast.errors import ConfigError, StorageError
 
 from .fake_trainer import FakeTrainer, files, steps_of
@@ -304,7 +305,8 @@ def test_attributes_and_files_change_only_after_the_commit_and_the_file_holds_wh
     class Watching(ModelCheckpoint):
         def plan_save(self, trainer: Any) -> Any:
             plan = super().plan_save(trainer)
-            seen.append((self.best_model_path, self.state_dict()["best_model_path"], files(tmp_path)))
+            there = [name for name in files(tmp_path) if not commit.is_temporary(name)]
+            seen.append((self.best_model_path, self.state_dict()["best_model_path"], there))
             return plan
 
     callback = Watching(dirpath=tmp_path)
@@ -380,6 +382,7 @@ def test_what_a_save_says(tmp_path: Path, said: list[str]) -> None:
             ),
         ),
         ({"mode": "auto"}, "ModelCheckpoint(mode='auto') must be 'min' or 'max'."),
+        ({"on_error": "pass"}, "ModelCheckpoint(on_error='pass') must be 'raise', 'warn' or 'retry'."),
         ({"save_last": "x"}, "ModelCheckpoint(save_last='x') must be True, False, None or 'link'."),
         (
             {"dirpath": "s3://bucket/x"},

@@ -351,16 +351,18 @@ class TestModels:
         class Engine(pl.callbacks.Callback):
             copying, waited = True, 0
 
-            def wait_for_copy(self) -> None:
+            def wait_for_copy(self, **_: bool) -> None:
                 self.waited += 1
 
             def wait(self) -> None: ...
 
+            def close(self) -> None: ...
+
         trainer = make_trainer(pl, [WeightAveraging()], max_epochs=1)
         trainer.engine = engine = Engine()
         trainer.fit(Regression(), loader(4), loader(8))
-        # The backward pass, the update, validation's two exchanges, and the one after training.
-        assert engine.waited == 5
+        # The backward pass, the update, validation and its two exchanges, the end of the epoch and of training.
+        assert engine.waited == 7
 
 
 class TestArguments:

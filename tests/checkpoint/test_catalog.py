@@ -119,3 +119,27 @@ def test_names_of_temporary_files_are_recognised(tmp_path: Path) -> None:
         assert commit.is_temporary(os.path.basename(file.temporary))
     for name in ("a.ckpt", ".a.ckpt", "a.ckpt.1.00000000.tmp", ".a.ckpt.1.00.tmp", ".tmp"):
         assert not commit.is_temporary(name)
+
+
+def test_an_entry_has_all_that_the_saver_said(tmp_path: Path) -> None:
+    save(tmp_path / "a.ckpt", step=7, note=["x", None])
+    (entry,) = catalog.scan(tmp_path)
+    assert (entry.step, entry.values["note"], entry.contents) == (7, ["x", None], ("state_dict", "epoch"))
+    torch.save({"w": 1}, tmp_path / "a.ckpt")
+    (entry,) = catalog.scan(tmp_path)
+    assert (entry.values, entry.contents) == ({}, ())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's count of bytes read")
+def test_only_the_tails_are_read(tmp_path: Path) -> None:
+    for number in range(4):
+        payload = {"state_dict": {"w": torch.ones(2_000_000)}}
+        CheckpointEngine().save(payload, tmp_path / f"{number}.ckpt", summary={"step": number})
+    catalog.scan(tmp_path)
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = bytes_read()
+    assert [entry.step for entry in catalog.scan(tmp_path)] == [3, 2, 1, 0]
+    assert bytes_read() - before < 500_000  # of 32 million

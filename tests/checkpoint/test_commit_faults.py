@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from holdfast.checkpoint import commit
+from holdfast.checkpoint import commit, direct
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
 from holdfast.errors import StorageError
@@ -152,6 +154,43 @@ def test_the_temporary_directory_of_the_system_is_not_used(
     CheckpointEngine().save(NEW, tmp_path / "run" / "a.ckpt")
     assert os.listdir(tmp_path) == ["run"]
     assert os.listdir(tmp_path / "run") == ["a.ckpt"]
+
+
+def test_a_file_that_was_replaced_is_given_back_to_the_disk(tmp_path: Path) -> None:
+    """A large one in the background: to free its blocks takes longer than all that makes the new one durable."""
+    path = tmp_path / "a.ckpt"
+    with open(path, "wb") as large:
+        large.truncate(1 << 30)
+    CheckpointEngine().save(NEW, path)
+    for thread in threading.enumerate():
+        if thread.name == "holdfast-free":
+            thread.join()
+    assert load(path)["w"].sum() == 1000
+    assert open_under(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_made_by_fork_keeps_no_file_of_a_save_open(tmp_path: Path) -> None:
+    """Loader workers live long: a checkpoint that they held open would take up disk space after its deletion."""
+    with commit.replacing(str(tmp_path / "a.ckpt")) as file:
+        writer = direct.BlockWriter(file.fd, threads=0)
+        assert len(open_under(tmp_path)) == 2
+        child = os.fork()
+        if child == 0:
+            os._exit(len(open_under(tmp_path)))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        writer.close()
+        assert open_under(tmp_path) == [file.temporary]
+    assert open_under(tmp_path) == []
+
+
+def open_under(folder: Path) -> list[str]:
+    """The files there that this process has open, deleted ones too."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [name for name in found if name.startswith(f"{folder}/")]
 
 
 def test_a_read_only_file_is_replaced(tmp_path: Path) -> None:

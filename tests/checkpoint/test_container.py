@@ -16,9 +16,10 @@ import torch
 from realistic import SUMMARY, realistic_payload
 
 from holdfast.checkpoint import container
+from holdfast.checkpoint.checksum import crc32
 from holdfast.checkpoint.engine import CheckpointEngine
-from holdfast.checkpoint.load import is_holdfast, load
-from holdfast.errors import ConfigError
+from holdfast.checkpoint.load import load
+from holdfast.errors import CheckpointError, ConfigError
 
 
 def assert_every_reader_opens(path: Path, weights: torch.Tensor) -> None:
@@ -70,8 +71,14 @@ def test_layout_as_documented(tmp_path: Path) -> None:
         names = [info.filename for info in infos]
         manifest = json.loads(archive.read("archive/holdfast/records.json"))
         summary = json.loads(archive.read("archive/holdfast/summary.json"))
-    assert names[:3] == ["archive/data.pkl", "archive/version", "archive/byteorder"]
-    assert names[-2:] == ["archive/holdfast/records.json", "archive/holdfast/summary.json"]
+    assert names[:-5] == [f"archive/data/{number}" for number in range(len(names) - 5)]
+    assert names[-5:] == [
+        "archive/data.pkl",
+        "archive/version",
+        "archive/byteorder",
+        "archive/holdfast/records.json",
+        "archive/holdfast/summary.json",
+    ]
     for info in infos:
         name_length, extra_length = struct.unpack_from("<HH", data, info.header_offset + 26)
         assert (info.header_offset + 30 + name_length + extra_length) % 64 == 0
@@ -95,11 +102,37 @@ def test_the_same_state_gives_the_same_bytes_but_for_the_time(tmp_path: Path) ->
     assert a[:end] == b[:end]
 
 
-def test_is_holdfast_tells_ours_from_others(tmp_path: Path) -> None:
-    CheckpointEngine().save({"w": torch.ones(1)}, tmp_path / "a.ckpt")
-    torch.save({"w": torch.ones(1)}, tmp_path / "b.ckpt")
-    (tmp_path / "c.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:300])
-    assert [is_holdfast(tmp_path / name) for name in ("a.ckpt", "b.ckpt", "c.ckpt")] == [True, False, True]
+def test_files_with_the_storages_after_the_pickle_are_read(tmp_path: Path) -> None:
+    """As the first files have them."""
+    payload = realistic_payload()
+    CheckpointEngine().save(payload, tmp_path / "new.ckpt", summary=SUMMARY)
+    with zipfile.ZipFile(tmp_path / "new.ckpt") as archive:
+        records = {name.removeprefix("archive/"): archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(records[container.RECORDS])
+    tensors = {row[0]: [json.dumps(tensor) for tensor in row[4]] for row in manifest["records"]}
+    summary = json.loads(records[container.SUMMARY])
+    data, entries = bytearray(), []
+
+    def add(name: str, record: bytes) -> container.Entry:
+        header = container.local_header(name, len(data), len(record), crc32(record))
+        at = len(data) + len(header)
+        entries.append(container.Entry(name, len(data), at, len(record), crc32(record)))
+        data.extend(header + record)
+        return entries[-1]
+
+    storages = [name for name in records if name.startswith("data/")]
+    for name in ["data.pkl", "version", "byteorder", *storages]:
+        add(name, records[name])
+    placed = add(container.RECORDS, container.records_bytes(entries, tensors, manifest["types"], []))
+    add(container.SUMMARY, container.summary_bytes(summary, placed))
+    (tmp_path / "old.ckpt").write_bytes(data + container.directory(entries, len(data)))
+    read = load(tmp_path / "old.ckpt")
+    assert list(read) == list(payload)
+    for key, tensor in payload["state_dict"].items():
+        assert torch.equal(read["state_dict"][key], tensor)
+    (tmp_path / "old.ckpt").write_bytes(data[:-1] + b"x" + container.directory(entries, len(data)))
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "old.ckpt")
 
 
 def test_a_summary_holds_plain_values_only(tmp_path: Path) -> None:
@@ -118,11 +151,15 @@ def test_listing_and_checking_need_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_saving_takes_little_memory_over_the_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("through_the_cache", [False, True])
+def test_saving_takes_little_memory_over_the_state(through_the_cache: bool, tmp_path: Path) -> None:
     """In a process of its own: a state several times the bound: one tensor, many, and one with gaps."""
     code = f"""
 import resource, torch
+from holdfast.checkpoint import direct
 from holdfast.checkpoint.engine import CheckpointEngine
+if {through_the_cache}:
+    direct._DIRECT = 0
 CheckpointEngine().save({{"warm": torch.ones(10)}}, {str(tmp_path / "w.ckpt")!r})
 state = {{"one": torch.ones(24 << 20), "many": [torch.ones(64 << 10) for _ in range(256)],
          "strided": torch.ones(16 << 20, 4)[:, 1]}}

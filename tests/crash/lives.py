@@ -1,4 +1,4 @@
-"""Starts runs of preempted_child, stops them at exact moments by signals, and reads what they left."""
+"""Starts runs of a training, stops them at exact moments by signals, and reads what they left."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ INTERRUPTED = 130
 class Warm:
     """One process with everything imported; each run is a copy of it, and costs no imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: str | None = None) -> None:
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, str(HERE / "warm.py"), str(theirs.fileno())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if preload is not None:
+            environment["LD_PRELOAD"] = preload
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         atexit.register(self.close)
@@ -47,22 +49,41 @@ class Warm:
 
 
 @functools.cache
-def warm() -> Warm:
-    return Warm()
+def warm(preload: str | None = None) -> Warm:
+    return Warm(preload)
 
 
 class Life:
-    """One start of the training, until it ends.
+    """One start of a training, or of another program of these tests, until it ends.
+
+    Args:
+        root: where it writes; its log is beside it.
+        program: the module whose `main` is run.
+        command: start an interpreter for it, as a user does, and not a copy of a warm one.
+        environment: further variables.
+        preload: a library that is loaded before all others.
+        options: what the program is told.
 
     Attributes:
         lines: what it said on stdout, in words.
+        facts: what it said there after the word "fact", as JSON.
         code: how it ended: the exit code, or the negative number of a signal.
         log: what it said on stderr.
     """
 
-    def __init__(self, root: Path, *, command: bool = False, environment: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        program: str = "preempted_child",
+        *,
+        command: bool = False,
+        environment: Any = None,
+        preload: str | None = None,
+        **options: Any,
+    ) -> None:
         self.root = root
         self.lines: list[list[str]] = []
+        self.facts: list[Any] = []
         self.code: int | None = None
         self.log = ""
         root.mkdir(exist_ok=True)
@@ -72,14 +93,15 @@ class Life:
         around = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
         if command:
-            child = [sys.executable, str(HERE / "preempted_child.py"), str(root), json.dumps(options)]
+            child = [sys.executable, str(HERE / f"{program}.py"), str(root), json.dumps(options)]
             self._process = subprocess.Popen(
                 child, stdin=fds[0], stdout=fds[1], stderr=fds[2], env=around, start_new_session=True
             )
             self.pid = self._process.pid
         else:
-            asked = {"root": str(root), "options": options, "environment": around, "directory": os.getcwd()}
-            self.pid = warm().ask(asked, fds)
+            asked = {"program": program, "root": str(root), "options": options}
+            self._warm = warm(preload)
+            self.pid = self._warm.ask({**asked, "environment": around, "directory": os.getcwd()}, fds)
         os.close(ours[0]), os.close(theirs[1])
         self._stdin, self._stdout = ours[1], os.fdopen(theirs[0])
 
@@ -100,7 +122,14 @@ class Life:
         line = self._stdout.readline()
         if line:
             self.lines.append(line.split())
+        if line.startswith("fact "):
+            self.facts.append(json.loads(line[len("fact ") :]))
         return bool(line)
+
+    def kill(self) -> Life:
+        """SIGKILL, wherever it is."""
+        os.kill(self.pid, signal.SIGKILL)
+        return self.end()
 
     def send(self, *signals: signal.Signals, group: bool = False) -> Life:
         """Send it signals where it waits, each when its handler for the one before has run."""
@@ -129,7 +158,7 @@ class Life:
             if self._process is not None:
                 self.code = self._process.wait()
             else:
-                self.code = os.waitstatus_to_exitcode(warm().ask({"wait": self.pid}))
+                self.code = os.waitstatus_to_exitcode(self._warm.ask({"wait": self.pid}))
             self._log.seek(0)
             self.log = self._log.read()
             self._log.close(), self._stdout.close(), os.close(self._stdin)

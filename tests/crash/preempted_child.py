@@ -5,6 +5,9 @@
 It says on stdout what happens, one line for each batch. Where OPTIONS["pause"] names a moment, as in
 "training_step@9" (the step that the run has reached), it says "at training_step@9" and waits there for a line on
 stdin: "again" to say it once more, "go" to go on. Leaves ROOT/final.pt.
+
+OPTIONS["background"] says whether ModelCheckpoints save in the background. OPTIONS["hold"] = ["synced@10", PIPE]
+holds a save up that goes on in the background: the one of step 10, at this point, until PIPE is opened for writing.
 """
 
 from __future__ import annotations
@@ -60,11 +63,24 @@ class Moments:
         self.pause = list(options.get("pause", []))
         self.raise_at = options.get("raise_at")
         self.disk_full_at = options.get("disk_full_at")
+        self.hold = options.get("hold", [None, None])
         self.trainer: Any = None
+        self.training = threading.get_ident()
+        self.saved_step = 0
         # A process of the script's own, which is none of the run's.
         self.helper = multiprocessing.get_context("fork").Process(target=signal.pause)
 
+    def in_save(self, point: str) -> None:
+        """A named point of a save, in the foreground or in another thread."""
+        if threading.get_ident() == self.training:
+            self.reached(point)
+        elif f"{point}@{self.saved_step}" == self.hold[0]:
+            say("held", self.hold[0])
+            open(self.hold[1]).close()
+
     def reached(self, where: str) -> None:
+        if where == "on_save_checkpoint":
+            self.saved_step = self.trainer.global_step
         moment = f"{where}@{self.trainer.global_step}"
         if moment == self.raise_at:
             raise RuntimeError(f"raised at {moment}")
@@ -141,15 +157,18 @@ def callbacks(options: dict[str, Any], moments: Moments) -> list[Any]:
     if options.get("on_exception"):
         made.append(OnExceptionCheckpoint(options["on_exception"]))
     if options.get("trainer", {}).get("enable_checkpointing", True):
+        background = options.get("background", True)
         first = ModelCheckpoint(
             options.get("dirpath"),
+            background=background,
             every_n_train_steps=SAVE_EVERY_N_STEPS,
             monitor="loss_step",
             save_top_k=2,
             save_last=True,
             save_on_exception=bool(options.get("on_exception")),
         )
-        made += [first, ModelCheckpoint(options.get("dirpath"), monitor="val_loss", filename="best-{epoch}")]
+        best = {"monitor": "val_loss", "filename": "best-{epoch}", "background": background}
+        made += [first, ModelCheckpoint(options.get("dirpath"), **best)]
     return [*made, EarlyStopping(monitor="val_loss", patience=EPOCHS)]
 
 
@@ -182,7 +201,7 @@ def fit(root: Path, options: dict[str, Any]) -> Any:
         }
     )
     # A place that tests know of: each call stands for one moment of a save.
-    commit.crash_point = moments.reached
+    commit.crash_point = moments.in_save
     net = Net(moments)
     train = loader(BATCHES * BATCH_SIZE, BATCH_SIZE, shuffle=True, **options.get("loader", {}))
     val = loader(16, 2, **options.get("val_loader", {}))

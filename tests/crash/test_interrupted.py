@@ -86,7 +86,7 @@ def assert_goes_on(reference: Life, root: Path) -> None:
 def test_twice_in_the_save_of_a_model_checkpoint(tmp_path: Path, reference: Life, point: str) -> None:
     """The file has its name and its further name or not; a later start makes up for what is missing."""
     root = tmp_path / "run"
-    interrupted = stop(root, f"{point}@10", INT, INT)
+    interrupted = stop(root, f"{point}@10", INT, INT, background=False)
     assert (interrupted.code, interrupted.last_step) == (-INT, 10), interrupted.log
     assert_all_verified(root, tidy=False)
     assert_goes_on(reference, root)

@@ -50,7 +50,7 @@ MOMENTS = {
     "on_train_epoch_end@8": 8,
     "on_train_epoch_start@8": 9,
     "on_save_checkpoint@10": 10,
-    "temp-created@10": 10,
+    "temp-created@10": 10,  # here and below: in a save in the foreground
     "written@10": 10,
     "renamed@10": 10,
     "link-made@10": 10,
@@ -63,7 +63,7 @@ def test_stops_behind_the_batch_and_goes_on_as_if_never_stopped(
     tmp_path: Path, reference: Life, moment: str
 ) -> None:
     root = tmp_path / "run"
-    stopped = stop(root, moment, TERM)
+    stopped = stop(root, moment, TERM, background=not moment.endswith("@10"))
     assert_stopped(stopped, MOMENTS[moment])
     assert stopped.said("left") == [["received_sigterm=True", "handlers_kept=True"]]
     assert stopped.said("told") == [["of", "Preempted"]]
@@ -244,7 +244,7 @@ def test_stopped_in_a_validation_that_a_stop_came_before(tmp_path: Path, referen
 def test_its_own_file_goes_once_a_later_save_is_durable(tmp_path: Path, reference: Life) -> None:
     root = tmp_path / "run"
     stop(root, "training_step@11", TERM)
-    life = Life(root, pause=["training_step@13", "renamed@15", "training_step@15"])
+    life = Life(root, pause=["training_step@13", "renamed@15", "training_step@15"], background=False)
     life.reach("training_step@13")
     assert stopped_files(root) == ["stopped.ckpt"], "nothing newer is there yet"
     life.go().reach("renamed@15")

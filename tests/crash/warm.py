@@ -1,4 +1,4 @@
-"""A Python that has torch and the training of preempted_child imported, and forks a copy of itself for each run.
+"""A Python that has torch and the programs of these tests imported, and forks a copy of itself for each run.
 
     python warm.py SOCKET
 
@@ -19,12 +19,16 @@ import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
+import child
+import failing_run
 import preempted_child
+import saving_child
 import torch._dynamo  # noqa: F401  torch.optim imports it late, and that takes a second
 
 import holdfast.training.trainer  # noqa: F401  the names in holdfast itself are imported when they are used
 
 FDS = 3
+PROGRAMS = {program.__name__: program for program in (child, failing_run, preempted_child, saving_child)}
 
 
 def serve(connection: socket.socket) -> dict[str, Any] | None:
@@ -66,7 +70,7 @@ if __name__ == "__main__":
         os.environ.update(asked["environment"])
         os.chdir(asked["directory"])
         try:
-            preempted_child.main(Path(asked["root"]), asked["options"])
+            PROGRAMS[asked["program"]].main(Path(asked["root"]), asked["options"])
         except SystemExit as error:
             leave(error.code)
         leave(0)

@@ -98,7 +98,7 @@ def exchange(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
 def wait_for_copy(trainer: Trainer) -> None:
     """Return when weights may change: a save in the background may still be copying them."""
     if trainer.engine.copying:
-        trainer.engine.wait_for_copy()
+        trainer.engine.wait_for_copy(learn=False)
 
 
 def combining(avg_fn: AverageFn | None, multi_avg_fn: MultiAverageFn | None) -> MultiAverageFn:

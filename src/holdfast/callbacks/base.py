@@ -254,12 +254,18 @@ class SavePlan:
         weights_only: Leave everything out that only resuming needs.
         metrics: The values that belong to this moment, for the file's summary.
         summary_extra: Plain values (as JSON has them) to put beside them in the summary.
+        background: The file may be written while training goes on; `Checkpoint.committed` is then called at
+            the first safe point after it is durable. Not where it shares the file with a plan that may not.
+        on_error: "raise", "retry" or "warn": what a failure to save leads to; among plans that share a file
+            the first of these that one of them has.
     """
 
     names: tuple[str, ...]
     weights_only: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     summary_extra: dict[str, Any] = field(default_factory=dict)
+    background: bool = False
+    on_error: str = "raise"
 
 
 class Checkpoint(Callback):
@@ -273,7 +279,9 @@ class Checkpoint(Callback):
        the public attributes still show what is on disk.
     2. The payload is captured and the save starts.
     3. ``committed(trainer, plan, report)`` once the file is durable: publish, then delete what retention
-       evicts, then tell. Or ``rolled_back(trainer, plan)`` if the save failed: forget the plan.
+       evicts, then tell. Or ``rolled_back(trainer, plan)`` if the save failed: forget the plan. Always before
+       the next plan is made, and on the thread that trains. After ``rolled_back`` comes
+       ``discarded(trainer, plan)`` where the snapshot was not of one moment, to ask for another one.
 
     Ranks: all of them make all of these calls; deciding values are the same everywhere, and only rank 0
     touches files in ``committed``.
@@ -288,3 +296,7 @@ class Checkpoint(Callback):
 
     def rolled_back(self, trainer: Trainer, plan: SavePlan) -> None:
         """Forget the planned save: it failed, and what was on disk before is still what is on disk."""
+
+    def discarded(self, trainer: Trainer, plan: SavePlan) -> None:
+        """Ask again for a save that came to nothing because tensors changed while they were copied."""
+        trainer.request_save(self)

@@ -13,7 +13,7 @@ from holdfast.callbacks import lineage
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.callbacks.checkpoint_view import View, rank, worst_score
 from holdfast.callbacks.save_line import save_line
-from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint import catalog, commit, reserved
 from holdfast.checkpoint.checkpoint_io import writes_own_format
 from holdfast.checkpoint.retention import Found, left_behind
 from holdfast.errors import ConfigError
@@ -36,6 +36,10 @@ class CheckpointPlan(SavePlan):
         saved_step: The step that the next save must differ from.
         undo: The bookkeeping of before, in case the save fails.
         because: The exception that it was saved on, if any.
+        asked: Why it was asked for, in case it has to be asked for again.
+        cut_short: Nothing is deleted for it: with more time the run goes on from before this, where those
+            were still the best.
+        log_step: Where it is on the loggers' axis.
     """
 
     step: int = 0
@@ -45,6 +49,9 @@ class CheckpointPlan(SavePlan):
     saved_step: int = 0
     undo: tuple[int | None, bool] = (None, False)
     because: str = ""
+    asked: frozenset[str] = frozenset()
+    cut_short: bool = False
+    log_step: int = 0
 
 
 class KeptCheckpoints(Checkpoint):
@@ -144,6 +151,7 @@ class KeptCheckpoints(Checkpoint):
         """Publish, let the loggers have the file, delete what has to go, and say so in one line."""
         assert isinstance(plan, CheckpointPlan)
         before, self._plan = self._view(), None
+        reserved.give_up(plan.names)
         self._publish(plan.view)
         self._saved_step = plan.saved_step
         if not trainer.is_global_zero:
@@ -151,6 +159,7 @@ class KeptCheckpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)
         deleted = self._delete(trainer, plan)
+        trainer.checkpoint_stats.deleted += len(deleted)
         if not self._told_directory:
             self._told_directory = True
             rank_zero_info(f"checkpoints go to {self.dirpath}")
@@ -158,8 +167,7 @@ class KeptCheckpoints(Checkpoint):
             save_line(
                 plan.names,
                 step=plan.step,
-                size_bytes=report.size_bytes,
-                seconds=report.durable_s,
+                report=report,
                 monitor=self.monitor,
                 score=None if plan.score is None else plan.score.item(),
                 before=before,
@@ -174,6 +182,7 @@ class KeptCheckpoints(Checkpoint):
         """Forget the plan; what is published still is what is on disk."""
         assert isinstance(plan, CheckpointPlan)
         self._plan = None
+        reserved.give_up(plan.names)
         self._ranked_version, self._deferred = plan.undo
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,8 +265,7 @@ class KeptCheckpoints(Checkpoint):
         )
 
     def _delete(self, trainer: Trainer, plan: CheckpointPlan) -> list[str]:
-        if trainer.preemption.cut_short:
-            # With more time the run goes on from before this, where those were still the best.
+        if plan.cut_short:
             return []
         kept = {*plan.view.paths(), *plan.names}
         doomed = [path for path in plan.evict if path not in kept]

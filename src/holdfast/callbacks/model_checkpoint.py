@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from holdfast.callbacks import lineage, monitored, naming, triggers
@@ -22,6 +23,8 @@ from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from holdfast.utilities.types import STEP_OUTPUT
 
 if TYPE_CHECKING:
+    from holdfast.callbacks.base import SavePlan
+    from holdfast.checkpoint.report import SaveReport
     from holdfast.training.module import LightningModule
     from holdfast.training.trainer import Trainer
 
@@ -62,6 +65,15 @@ class ModelCheckpoint(NamedCheckpoints):
             default: if validation runs once at the end of every epoch, or never.
         enable_version_counter: Put ``-v1``, ``-v2`` ... behind a name that another file has. If False,
             that file is overwritten.
+        background: Write while training goes on: it stands still for a snapshot only, and what is public
+            here changes at the first safe point after the file is durable, before the next save and before
+            training ends. Saves on an exception, of what a signal ends, and at the very end of a fit are
+            always in the foreground, as are those that share a file with a callback that wants that.
+        on_error: What a save that fails leads to. "raise": the error, at the next safe point; what is due by
+            then is saved before. "retry": the same after three attempts, each with a new file. "warn": one
+            warning, and the next save that is due tries again. Older files stay in any case.
+        log_cost: Send what each save cost to the loggers, as ``checkpoint/blocked_s`` and so on. Times differ
+            from run to run, and so do the logs then.
 
     Raises:
         ArgumentError: There is no such argument.
@@ -86,6 +98,9 @@ class ModelCheckpoint(NamedCheckpoints):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        background: bool = True,
+        on_error: Literal["raise", "warn", "retry"] = "raise",
+        log_cost: bool = False,
     ) -> None:
         save_top_k = 1 if save_top_k is None else save_top_k
         super().__init__(
@@ -112,6 +127,8 @@ class ModelCheckpoint(NamedCheckpoints):
             raise ConfigError(
                 f"ModelCheckpoint(save_last={save_last!r}) must be True, False, None or 'link'."
             )
+        if on_error not in ("raise", "warn", "retry"):
+            raise ConfigError(f"ModelCheckpoint(on_error={on_error!r}) must be 'raise', 'warn' or 'retry'.")
         self._interval_s = None if train_time_interval is None else train_time_interval.total_seconds()
         self._every_n_train_steps, self._every_n_epochs = triggers.resolve_intervals(
             every_n_train_steps, every_n_epochs, self._interval_s
@@ -122,6 +139,9 @@ class ModelCheckpoint(NamedCheckpoints):
         self.save_last = save_last
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
+        self.background = background
+        self.on_error = on_error
+        self.log_cost = log_cost
         self._save_on_train_epoch_end = save_on_train_epoch_end
 
         self._asked: set[str] = set()
@@ -213,6 +233,8 @@ class ModelCheckpoint(NamedCheckpoints):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say which names were not logged, where validation, which might have, never ran."""
+        if self.verbose:
+            rank_zero_info(str(trainer.checkpoint_stats))
         if not self._names_checked and not trainer.fast_dev_run:
             why = ", and training ended before validation ran"
             missing = self._unlogged(monitored.candidates(trainer), why)
@@ -326,7 +348,24 @@ class ModelCheckpoint(NamedCheckpoints):
             # Saved only because training ends: if it goes on after all, it ends another time.
             saved_step=self._saved_step if only_last else step,
             undo=undo,
+            background=self.background,
+            on_error=self.on_error,
+            asked=frozenset(asked),
+            cut_short=trainer.preemption.cut_short,
+            log_step=trainer.progress.log_step if self.log_cost else 0,
         )
+
+    def committed(self, trainer: Trainer, plan: SavePlan, report: SaveReport) -> None:
+        """Publish, delete and say so; then log what it cost, where that is wanted."""
+        super().committed(trainer, plan, report)
+        if self.log_cost and isinstance(plan, CheckpointPlan):
+            trainer.log_to_loggers(_cost(report), plan.log_step, with_epoch=False)
+
+    def discarded(self, trainer: Trainer, plan: SavePlan) -> None:
+        """Ask again, for the same reasons."""
+        assert isinstance(plan, CheckpointPlan)
+        self._asked |= plan.asked or {"interval"}
+        trainer.request_save(self)
 
     def _ends_here(self, trainer: Trainer) -> bool:
         return trainer.fit_loop is not None and trainer.fit_loop.finished
@@ -348,6 +387,8 @@ class ModelCheckpoint(NamedCheckpoints):
             view=self._view(),
             saved_step=self._saved_step,
             undo=(self._ranked_version, self._deferred),
+            on_error=self.on_error,
+            cut_short=trainer.preemption.cut_short,
         )
 
     def _check_names(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
@@ -393,3 +434,14 @@ class ModelCheckpoint(NamedCheckpoints):
 
     def _bookkeeping(self) -> tuple[bool, int | None, bool]:
         return self._names_checked, self._ranked_version, self._deferred
+
+
+def _cost(report: SaveReport) -> dict[str, Tensor]:
+    values = {
+        "blocked_s": report.blocked_s,
+        "waited_s": report.waited_s,
+        "durable_s": report.durable_s,
+        "size_bytes": float(report.size_bytes),
+        "gb_per_s": report.gb_per_s,
+    }
+    return {f"checkpoint/{name}": torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

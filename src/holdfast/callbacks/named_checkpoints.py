@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holdfast.callbacks import naming
 from holdfast.callbacks.kept_checkpoints import KeptCheckpoints
+from holdfast.checkpoint.reserved import reserving
 
 
 class NamedCheckpoints(KeptCheckpoints):
@@ -101,4 +102,4 @@ class NamedCheckpoints(KeptCheckpoints):
 
         if not (self._enable_version_counter or counted):
             return name_of(None)
-        return naming.first_usable(name_of, usable, self.STARTING_VERSION)
+        return naming.first_usable(name_of, reserving(usable), self.STARTING_VERSION)

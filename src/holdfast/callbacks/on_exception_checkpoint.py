@@ -9,6 +9,7 @@ from holdfast.callbacks import naming
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.callbacks.kept_checkpoints import local_directory
 from holdfast.checkpoint import catalog
+from holdfast.checkpoint.reserved import reserving
 from holdfast.errors import ConfigError
 from holdfast.utilities.rank_zero import rank_zero_info
 
@@ -65,7 +66,8 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def plan_save(self, trainer: Trainer) -> SavePlan:
         """Choose the name: rank 0 does, for every rank."""
-        name = naming.first_usable(self._path, lambda path: not os.path.lexists(path), 1)
+        free = reserving(lambda path: not os.path.lexists(path))
+        name = naming.first_usable(self._path, free, 1)
         # Without a run's id: nobody ranks, overwrites or sweeps up such a file.
         extra = {"callback": self.state_key}
         return SavePlan(names=(trainer.strategy.broadcast(name),), summary_extra=extra)

@@ -26,7 +26,7 @@ class Summary:
         metrics: the numbers by which checkpoints are compared.
         saved_at: seconds since 1970.
         exact: whether a resume from it goes on bit-identically.
-        kind: "full", or "weights" if that is all it holds.
+        kind: "full", "weights" if that is all it holds, or "state" for what a `Checkpointer` was given.
         contents: the payload's top-level keys.
         values: everything that the saver put into the summary.
     """
@@ -51,6 +51,8 @@ class Entry:
         reason: why it is not whole, or None.
         saved_at: seconds since 1970; the file's own time where no summary says it.
         foreign: it was not written by holdfast (torch.save, PyTorch Lightning).
+        contents: the payload's top-level keys, where a summary says them.
+        values: everything that the saver put into the summary; empty where there is none.
     """
 
     path: str
@@ -64,6 +66,8 @@ class Entry:
     exact: bool
     kind: str
     foreign: bool
+    contents: tuple[str, ...] = ()
+    values: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
 
 def read_summary(path: str | os.PathLike[str]) -> Summary:
@@ -147,7 +151,7 @@ def entry(path: str) -> Entry:
         return Entry(path, False, reason, None, None, {}, 0.0, 0, False, "full", False)
     return Entry(
         path, True, None, summary.step, summary.epoch, summary.metrics, summary.saved_at, size,
-        summary.exact, summary.kind, False,
+        summary.exact, summary.kind, False, summary.contents, summary.values,
     )  # fmt: skip
 
 
@@ -157,10 +161,10 @@ def _summary_of(path: str) -> tuple[Summary, int]:
     with open(path, "rb") as file:
         tail = container.read_tail(file.fileno())
         size = os.fstat(file.fileno()).st_size
-    return _summary(tail.summary), size
+    return summary_from(tail.summary), size
 
 
-def _summary(values: dict[str, Any]) -> Summary:
+def summary_from(values: dict[str, Any]) -> Summary:
     """Read the values forgivingly: a summary of another version may lack some, or mean more."""
     about = {key: value for key, value in values.items() if key not in ("format", "records")}
     step, epoch, saved_at = about.get("step"), about.get("epoch"), _number(about.get("saved_at"))

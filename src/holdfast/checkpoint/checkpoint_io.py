@@ -13,8 +13,8 @@ from holdfast.checkpoint import commit
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.point_in_time import PointInTime
+from holdfast.checkpoint.report import tell_omissions
 from holdfast.errors import ConfigError
-from holdfast.utilities.rank_zero import warn_once
 
 
 class CheckpointIO(ABC):
@@ -69,8 +69,7 @@ class TorchCheckpointIO(CheckpointIO):
                 "none. Use a CheckpointIO of your own that does: Trainer(plugins=[...])."
             )
         report = CheckpointEngine().save(checkpoint, path, summary=summary_of(checkpoint))
-        for where, reason in report.omissions:
-            warn_once(("omitted", where), f"{where} is not in the checkpoint: {reason}")
+        tell_omissions(report.omissions)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Read a checkpoint, every byte checked first, no code run; see `holdfast.checkpoint.load.load`."""

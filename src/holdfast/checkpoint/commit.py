@@ -16,6 +16,7 @@ import signal
 import stat
 from collections.abc import Iterator, Sequence
 
+from holdfast.checkpoint import open_files
 from holdfast.errors import StorageError
 
 _FICLONE = 0x40049409
@@ -62,9 +63,11 @@ def replacing(path: str) -> Iterator[Replacement]:
     with _told(path, "create a file beside"):
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        temporary, fd = _create_temporary(path)
+        temporary, fd = create_temporary(path)
     replacement = Replacement(path, temporary, fd)
+    old: int | None = None
     try:
+        open_files.not_for_children.add(fd)
         crash_point("temp-created")
         with _told(path, "write", replacement):
             yield replacement
@@ -72,19 +75,38 @@ def replacing(path: str) -> Iterator[Replacement]:
         with _told(path, "fsync", replacement):
             os.fsync(fd)
         crash_point("synced")
+        old = open_files.held(path)
         with _told(path, "rename a file to"):
             os.replace(temporary, path)
         temporary = ""
         crash_point("renamed")
+        with _told(path, "fsync the directory of", in_place=True):
+            fsync_directory(directory)
+        crash_point("directory-synced")
     finally:
         # In this order: while the lock is held, nobody else takes the file for a stray one.
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        os.close(fd)
-    with _told(path, "fsync the directory of", in_place=True):
-        fsync_directory(directory)
-    crash_point("directory-synced")
+        open_files.close(fd)
+        if old is not None:
+            open_files.close_in_background(old)
+
+
+def check_room(replacement: Replacement) -> None:
+    """Refuse to begin a file that the file system has no room for, as far as that can be known before.
+
+    Raises:
+        StorageError: as for a disk that fills; nothing was written.
+    """
+    try:
+        free = _free_bytes(replacement.path)
+    except OSError:
+        return
+    if replacement.needed_bytes is not None and free < replacement.needed_bytes:
+        raise storage_error(
+            replacement.path, "write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), replacement
+        )
 
 
 def add_name(path: str, name: str, *, symlink: bool = True) -> str:
@@ -142,7 +164,7 @@ def _link(path: str, name: str, source: int, symlink: bool, attempts: int = 2) -
 
 
 def _linked_temporary(path: str, name: str, source: int, symlink: bool) -> tuple[str, str]:
-    temporary, fd = _create_temporary(name)
+    temporary, fd = create_temporary(name)
     try:
         with contextlib.suppress(OSError):
             fcntl.ioctl(fd, _FICLONE, source)
@@ -163,7 +185,7 @@ def _linked_temporary(path: str, name: str, source: int, symlink: bool) -> tuple
 
 
 def _copied_temporary(path: str, name: str) -> str:
-    temporary, fd = _create_temporary(name)
+    temporary, fd = create_temporary(name)
     try:
         with open(path, "rb") as source:
             while chunk := source.read(8 << 20):
@@ -305,7 +327,8 @@ def _temporary_name(path: str) -> str:
     return os.path.join(directory, f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def _create_temporary(path: str) -> tuple[str, int]:
+def create_temporary(path: str) -> tuple[str, int]:
+    """Make an empty temporary file for ``path``, locked as long as it is open; return its path and where."""
     while True:
         temporary = _temporary_name(path)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -332,6 +355,7 @@ _ADVICE = {
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.EIO: "The disk reports errors: look at the system's log before relying on this file system.",
     errno.EDQUOT: "Free some of your quota, or save somewhere else.",
+    errno.EFBIG: "The file system, or a limit of this process (ulimit -f), allows no file of this size.",
 }
 
 
@@ -364,7 +388,13 @@ def storage_error(
     if error.errno == errno.ENOSPC:
         known = replacement is not None and replacement.needed_bytes is not None
         needed = f"{replacement.needed_bytes:,} bytes are needed, " if replacement and known else ""
-        advice = f"{needed}{_free_bytes(path):,} bytes are free: make room, or save somewhere else."
+        free = f"{_free_bytes(path):,} bytes are free"
+        advice = f"{needed}{free}: make room, or save somewhere else."
+        if replacement is None and _lacks_entries(path):
+            advice = (
+                f"No file can be added, although {free}: "
+                "delete files that are no longer needed, or save somewhere else."
+            )
     state = ""
     if in_place:
         state = "The new file is in place, but may not survive a power failure. "
@@ -383,8 +413,19 @@ def _exists(path: str) -> bool:
 
 
 def _free_bytes(path: str) -> int:
+    usage = _usage(path)
+    # Root may use what the file system keeps back.
+    return (usage.f_bfree if os.geteuid() == 0 else usage.f_bavail) * usage.f_frsize
+
+
+def _lacks_entries(path: str) -> bool:
+    """Whether the file system has a fixed number of files (inodes), and all of them are taken."""
+    usage = _usage(path)
+    return usage.f_files > 0 and usage.f_favail == 0
+
+
+def _usage(path: str) -> os.statvfs_result:
     directory = os.path.dirname(path)
     while not os.path.isdir(directory) and os.path.dirname(directory) != directory:
         directory = os.path.dirname(directory)
-    usage = os.statvfs(directory)
-    return usage.f_bavail * usage.f_frsize
+    return os.statvfs(directory)

@@ -1,9 +1,10 @@
 """The .ckpt file: torch's zip layout plus a manifest; every byte follows from the manifest and the data.
 
-Order in the file: ``data.pkl``, ``version``, ``byteorder``, the storages ``data/0`` ..., then
+Order in the file: the storages ``data/0`` ..., ``data.pkl``, ``version``, ``byteorder``, then
 ``holdfast/records.json`` (name, offset, length and checksum of each record, tensor names, exact types) and,
-last before the zip directory, ``holdfast/summary.json``, which a reader finds from the file's tail. All lie
-under one root, stored, with their data aligned to 64 bytes by an extra field in the local header.
+last before the zip directory, ``holdfast/summary.json``, which a reader finds from the file's tail. The
+oldest files have the storages after ``byteorder``: readers go by the manifest's order. All lie under one
+root, stored, with their data aligned to 64 bytes by an extra field in the local header.
 
 No byte is free: names, lengths and checksums determine all headers, the padding and the zip directory, so a
 reader writes them again from the manifest and compares.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -37,10 +39,11 @@ _END64 = struct.Struct("<IQHHIIQQQQ")
 _LOCATOR = struct.Struct("<IIQI")
 _PADDING = struct.Struct("<HH")
 _LOCAL_SIGNATURE = b"PK\x03\x04"
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8"  # a pickle of that format's mark, begun
 _quoted = json.encoder.encode_basestring_ascii
 _DATE = 0x21  # 1 January 1980: two saves of one state are the same bytes but for their summary
 _PADDING_ID = 0x4246
-_SPECIAL = ("data.pkl", "version", "byteorder")
+_MARKED = re.compile(struct.pack("<H", _PADDING_ID) + b".." + MARK, re.DOTALL)
 
 
 class Entry(NamedTuple):
@@ -114,7 +117,6 @@ class Tail(NamedTuple):
 
     summary: dict[str, Any]
     summary_bytes: bytes
-    summary_header: int
     directory: int
 
 
@@ -130,7 +132,13 @@ class NotWhole(Exception):
 def has_mark(fd: int) -> bool:
     """Whether the file begins as holdfast's files do."""
     head = os.pread(fd, 128, 0)
-    return head.startswith(_LOCAL_SIGNATURE) and MARK in head
+    # Not anywhere: torch.save to "holdfast.pt" has the word in the names of its records.
+    return head.startswith(_LOCAL_SIGNATURE) and _MARKED.search(head) is not None
+
+
+def is_old_torch(head: bytes) -> bool:
+    """Whether a file whose first bytes these are is in the format of torch.save before torch 1.6."""
+    return head.startswith(_OLD_TORCH)
 
 
 def is_zip(fd: int) -> bool:
@@ -154,10 +162,10 @@ def read_tail(fd: int) -> Tail:
         if found >= 0 or begin == 0 or span >= SUMMARY_BYTES:
             break
         span = min(8 * span, SUMMARY_BYTES)
-    return _parse_summary(block, found, begin, at)
+    return _parse_summary(block, found, at)
 
 
-def _parse_summary(block: bytes, found: int, begin: int, at: int) -> Tail:
+def _parse_summary(block: bytes, found: int, at: int) -> Tail:
     missing = NotWhole("it has no holdfast summary", ours=False)
     if found < 0 or len(block) - found < _LOCAL.size:
         raise missing
@@ -174,9 +182,9 @@ def _parse_summary(block: bytes, found: int, begin: int, at: int) -> Tail:
         summary = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise NotWhole(f"its summary is not JSON: {error}", ours=True) from error
-    if not isinstance(summary, dict) or not isinstance(summary.get("format"), int):
+    if not isinstance(summary, dict) or type(summary.get("format")) is not int or summary["format"] < 1:
         raise NotWhole("its summary has no format version", ours=True)
-    return Tail(summary, data, begin + found, at)
+    return Tail(summary, data, at)
 
 
 def find_directory(fd: int, size: int) -> tuple[int, int]:

@@ -23,6 +23,8 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from holdfast.checkpoint.pickle_scan import charge, check_keys
+
 Spec = dict[str, Any]
 
 _allowed: dict[str, type] = {}
@@ -91,7 +93,10 @@ def restore(plain: Any, spec: Spec) -> Any:
     """
     try:
         known = _RESTORERS.get(spec.get("type", ""))
-        return plain if known is None else known(plain, spec)
+        if known is None:
+            return plain
+        charge(8 * len(plain) if isinstance(plain, (str, bytearray, list, dict, tuple, set)) else 8)
+        return known(plain, spec)
     except Exception:
         return plain
 
@@ -147,15 +152,24 @@ def _user_type(plain: Any, spec: Spec) -> Any:
     if cls is None:
         return plain
     if isinstance(cls, enum.EnumMeta):
+        check_keys((plain,))
         return cls(plain)
     if dataclasses.is_dataclass(cls):
         # Without __init__, as copy and pickle do it: fields that are init=False come back too.
         new: Any = object.__new__
         made = new(cls)
-        for key, value in _str_keys(plain).items():
-            object.__setattr__(made, key, value)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not names.issuperset(plain):
+            return plain  # of a class that was changed since, or made up: nothing is set by a name in a file
+        for name in plain:  # in the order in which the saved object had them
+            object.__setattr__(made, name, plain[name])
         return made
     return cls(*plain)
+
+
+def _members(plain: Any) -> Any:
+    check_keys(plain)
+    return plain
 
 
 def _timedelta(plain: Any, spec: Spec) -> Any:
@@ -188,6 +202,7 @@ def _ndarray(plain: Any, spec: Spec) -> Any:
         return array.view(dtype)
     if not dense:
         raise ValueError("its copy would be larger than what the file has of it")
+    charge(array.nbytes)
     if "shape" in spec:  # stored as raw bytes: torch has no such dtype
         return np.frombuffer(array.tobytes(), dtype=dtype).reshape(spec["shape"]).copy()
     if array.dtype != dtype.newbyteorder("="):
@@ -201,6 +216,8 @@ def _numpy_scalar(plain: Any, spec: Spec) -> Any:
     dtype = _numpy_dtype(spec)
     if "i8" in spec:
         return np.array(spec["i8"], dtype="i8").view(dtype)[()]
+    if type(plain) not in (bool, int, float, complex, str, bytes):
+        raise ValueError(f"a {type(plain).__name__} is not a scalar")
     if dtype.itemsize > (len(plain) if dtype.kind in "SUV" else 32):
         raise ValueError(f"{dtype} is larger than the value in the file")
     return np.array(plain, dtype=dtype)[()]
@@ -240,7 +257,18 @@ def _omegaconf(plain: Any, spec: Spec) -> Any:
     module = sys.modules.get("omegaconf")
     if module is None or not isinstance(plain, (dict, list)):  # text would be read as YAML
         return plain
+    _charge_tree(plain)
     return module.OmegaConf.create(plain)
+
+
+def _charge_tree(plain: Any) -> None:
+    """Account for a container whose copy has each part as often as it is named."""
+    pending = [plain]
+    while pending:
+        at = pending.pop()
+        if isinstance(at, (dict, list, tuple)):
+            charge(16 * len(at))
+            pending += at.values() if isinstance(at, dict) else at
 
 
 _RESTORERS: dict[str, Callable[[Any, Spec], Any]] = {
@@ -252,8 +280,8 @@ _RESTORERS: dict[str, Callable[[Any, Spec], Any]] = {
     "namedtuple": _user_type,
     "bytes": _bytes,
     "int": lambda plain, spec: int(plain, 16),
-    "set": lambda plain, spec: set(plain),
-    "frozenset": lambda plain, spec: frozenset(plain),
+    "set": lambda plain, spec: set(_members(plain)),
+    "frozenset": lambda plain, spec: frozenset(_members(plain)),
     "range": lambda plain, spec: range(*plain),
     "slice": lambda plain, spec: slice(*plain),
     "deque": lambda plain, spec: collections.deque(plain, spec["maxlen"]),

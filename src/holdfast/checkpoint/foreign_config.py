@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from holdfast.checkpoint import exact
-from holdfast.checkpoint.pickling import PickleError
+from holdfast.checkpoint.pickle_scan import PickleError, charge
 
 _MAX_DEPTH = 100
 CONTAINERS = ("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig")
@@ -22,6 +22,7 @@ def settled(stub: Any) -> Any:
 def _plain(node: Any, depth: int) -> Any:
     if depth > _MAX_DEPTH:
         raise PickleError(f"a configuration is nested more than {_MAX_DEPTH} levels deep")
+    charge(16)  # one that is named in two places is there twice
     state = getattr(node, "state", None)
     if not isinstance(state, dict):
         return node

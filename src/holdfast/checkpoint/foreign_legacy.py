@@ -16,14 +16,8 @@ from holdfast.checkpoint import pickling
 from holdfast.checkpoint.tensors import memory, new_storage
 from holdfast.errors import CheckpointIncompatible, CheckpointIncomplete
 
-_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _FIRST_WINDOW_BYTES = 1 << 20
 _PIECE_BYTES = 4 << 20
-
-
-def begins(head: bytes) -> bool:
-    """Whether a file whose first bytes these are is in the old format."""
-    return head.startswith(_START[:12])
 
 
 class LegacyFile:
@@ -64,6 +58,11 @@ class LegacyFile:
         if key not in self._places:
             raise pickling.PickleError(f"there is no storage {key[:40]!r}")
         return self._places[key][1]
+
+    def place(self, key: str) -> int:
+        """Where a storage's bytes begin."""
+        self.length(key)
+        return self._places[key][0]
 
     def storage(self, key: str) -> torch.UntypedStorage:
         """Read a storage into memory of its own."""

@@ -11,9 +11,11 @@ from typing import Any
 
 from holdfast.checkpoint import foreign_config
 from holdfast.checkpoint.exact import NUMPY_DTYPE
-from holdfast.checkpoint.pickling import Call, PickleError
+from holdfast.checkpoint.pickle_scan import Call, PickleError, charge, printable
 
 _MAX_DEPTH = 400
+_MOST_CLASSES = 10_000
+_MOST_IN_A_CALL = 100
 _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
@@ -32,16 +34,17 @@ class Opaque:
     state: Any
     items: list[Any]
 
-    def __new__(cls, *args: Any) -> Opaque:
+    def __new__(cls, *args: Any, **named: Any) -> Opaque:
         # Not in __init__, which a pickle may leave out.
         made = super().__new__(cls)
+        args = (*args, named) if named else args
         made.args, made.state, made.items = args, None, []
         return made
 
     @property
     def qualified_name(self) -> str:
         """``module.Name`` as the file has it."""
-        return f"{type(self).__module__}.{type(self).__qualname__}"
+        return printable(f"{type(self).__module__}.{type(self).__qualname__}")
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -65,8 +68,23 @@ class Opaque:
         return f"<Opaque {self.qualified_name}>"
 
 
+def inert_class(module: str, name: str, known: dict[tuple[str, str], type[Opaque]]) -> type[Opaque]:
+    """The class of inert objects under a name from a file, made where it is not among the known ones.
+
+    Raises:
+        PickleError: the file names more classes than a checkpoint could; each costs a kilobyte.
+    """
+    if (module, name) not in known:
+        if len(known) >= _MOST_CLASSES:
+            raise PickleError(f"it names more than {_MOST_CLASSES} classes")
+        known[module, name] = opaque_class(module, name)
+    return known[module, name]
+
+
 def opaque_class(module: str, name: str) -> type[Opaque]:
     """A new class of inert objects under a name from a file; Lightning's AttributeDict is a dict."""
+    if "\0" in name:
+        raise PickleError("it names a class by what is not a name")
     base: type[Opaque] = Opaque
     if name == "AttributeDict" and module.split(".")[0] in _LIGHTNING:
         base = _Mapping
@@ -107,6 +125,7 @@ def _array(stub: _Array) -> Any:
         known = np.dtype(dtype.text())
     except PickleError:
         return stub
+    charge(len(data))
     return np.frombuffer(data, known).reshape(shape, order="F" if fortran else "C").copy(order="K")
 
 
@@ -118,18 +137,28 @@ def _numpy_scalar(dtype: Any, data: Any = b"") -> Any:
     known = np.dtype(dtype.text())
     if known.itemsize != len(data) or not data:
         raise PickleError(f"a NumPy scalar of dtype {known} has {len(data)} bytes")
+    charge(len(data))
     return np.frombuffer(data, known)[0]
 
 
 def _reconstructed(cls: Any, *rest: Any) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, Opaque)):
         raise PickleError("an object is put together from something that is not a class")
-    return cls()
+    return cls()  # what stood in for the class's base is of no use
 
 
 def _built(kind: Any, *args: Any) -> Any:
-    if len(args) > 1 or not all(type(arg) in (list, dict, tuple, int, float, str) for arg in args):
-        raise PickleError(f"a {kind.__name__} is made of something that is not a plain value")
+    """What a call of a built-in type gives; checkpoints name these as factories and hardly ever call them."""
+    if len(args) > 1:
+        raise PickleError(f"a {kind.__name__} is made of more than one value")
+    for arg in args:
+        if type(arg) is kind:
+            return arg
+        plain = type(arg) in (int, float, str) and kind in (int, float, str, bool)
+        if not plain and not (type(arg) in (list, tuple) and kind is list):
+            raise PickleError(f"a {kind.__name__} is made of something that is not a plain value")
+        if not isinstance(arg, (int, float)) and len(arg) > _MOST_IN_A_CALL:
+            raise PickleError(f"a {kind.__name__} is made of {len(arg)} values")
     return kind(*args)
 
 
@@ -145,11 +174,22 @@ def _defaultdict(factory: Any = None, *rest: Any) -> Any:
 
 
 def _deque(items: Any = (), maxlen: Any = None) -> Any:
-    return collections.deque(_built(list, items), maxlen)
+    if type(items) not in (list, tuple) or not (maxlen is None or type(maxlen) is int):
+        raise PickleError("a deque is made of something that is not a list")
+    charge(8 * len(items))
+    return collections.deque(items, maxlen)
 
 
 def _path(*parts: Any) -> Any:
-    return pathlib.Path(*(part for part in parts if isinstance(part, str)))
+    text = [part for part in parts if isinstance(part, str)]
+    charge(sum(map(len, text)))
+    return pathlib.Path(*text)
+
+
+def _slice(*args: Any) -> Any:
+    if not {type(arg) for arg in args} <= {int, float, str, type(None)}:
+        raise PickleError("a slice is made of something that is not a number")
+    return slice(*args)
 
 
 KNOWN: dict[tuple[str, str], Any] = {
@@ -160,8 +200,8 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Dtype,
     ("copyreg", "_reconstructor"): Call(_reconstructed),
     ("copy_reg", "_reconstructor"): Call(_reconstructed),
-    ("builtins", "slice"): Call(lambda *args: slice(*args)),
-    ("__builtin__", "slice"): Call(lambda *args: slice(*args)),
+    ("builtins", "slice"): Call(_slice),
+    ("__builtin__", "slice"): Call(_slice),
 }
 KNOWN |= {("datetime", kind.__name__): Call(kind) for kind in (
     datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone,

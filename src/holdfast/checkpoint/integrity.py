@@ -19,7 +19,8 @@ from holdfast.checkpoint import container
 from holdfast.checkpoint.checksum import crc32
 from holdfast.checkpoint.container import Entry, Tail
 
-_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
+_NAME = re.compile(r"(?!/)[A-Za-z0-9_./-]{1,200}(?<!/)")
+_FIXED = {"version": b"3\n", "byteorder": b"little"}  # torch.load goes by them
 _BATCH_RECORDS = 400  # two buffers each; the kernel takes 1,024 in one call
 _PIECE_BYTES = 2 << 20  # read, then checked while it is in the processor's cache
 
@@ -77,6 +78,8 @@ def read_manifest(fd: int, tail: Tail) -> Manifest:
         types, omissions = content["types"], content["omissions"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise Damage(f"its manifest cannot be read: {error!r}") from error
+    if not isinstance(omissions, list):
+        raise Damage("its manifest has no list of omissions")
     _check_rows(rows, tail.directory)
     about = tail.summary_bytes
     rows += [(container.RECORDS, length, crc32(data)), (container.SUMMARY, len(about), crc32(about))]
@@ -93,7 +96,7 @@ def read_manifest(fd: int, tail: Tail) -> Manifest:
 
 
 def _check_rows(rows: list[tuple[str, int, int]], most: int) -> None:
-    seen = set()
+    seen = {container.RECORDS, container.SUMMARY}
     for name, length, checksum in rows:
         if not _NAME.fullmatch(name) or ".." in name or name in seen:
             raise Damage(f"its manifest has a record named {name[:200]!r}")
@@ -103,41 +106,49 @@ def _check_rows(rows: list[tuple[str, int, int]], most: int) -> None:
             )
         if not 0 <= checksum <= 0xFFFFFFFF:
             raise Damage(f"its manifest says that {name} has checksum {checksum:x}"[:300])
+        if name in _FIXED and (length, checksum) != (len(_FIXED[name]), crc32(_FIXED[name])):
+            raise Damage(f"its {name} is not {_FIXED[name].decode().strip()}")
         seen.add(name)
 
 
 class Job(NamedTuple):
-    """One record to read; its bytes go to ``into``, a writable buffer of just its length."""
+    """One record to read and check.
+
+    Its bytes go to ``into``, a writable buffer of just its length; with None they are checked and forgotten.
+    """
 
     record: Placed
-    into: memoryview
+    into: memoryview | None
 
 
 def read_records(fd: int, jobs: list[Job], *, verify: bool = True, threads: int = 2) -> None:
     """Read records into their buffers and check each one's header and checksum.
 
+    Memory: 2 MiB for each thread, beside the buffers that are given.
+
     Raises:
         Damage: naming the first bad record in the file's order, and how many more there are.
     """
-    found: list[tuple[int, str]] = []
-    lock = threading.Lock()
+    found = bad_records(fd, jobs, verify=verify, threads=threads)
+    if found:
+        more = "" if len(found) == 1 else f" ({len(found) - 1} more are bad)"
+        raise Damage(f"{found[0]}{more}")
 
-    def run(batch: list[Job]) -> None:
-        for number, problem in _read_batch(fd, batch, verify):
-            with lock:
-                found.append((number, problem))
 
+def bad_records(fd: int, jobs: list[Job], *, verify: bool = True, threads: int = 2) -> list[str]:
+    """As `read_records`, but give what is wrong with each bad record, in the file's order.
+
+    Raises:
+        Damage: the file ends within one of them.
+    """
     batches = list(_batches(jobs))
+    read = _Reader(fd, verify).read
     if threads < 2 or len(batches) < 4:
-        for batch in batches:
-            run(batch)
+        found = [read(batch) for batch in batches]
     else:
         with ThreadPoolExecutor(threads, "holdfast-read") as pool:
-            for _ in pool.map(run, batches):
-                pass
-    if found:
-        first = min(found)[1]
-        raise Damage(first if len(found) == 1 else f"{first} ({len(found) - 1} more are bad)")
+            found = list(pool.map(read, batches))
+    return [problem for _, problem in sorted(one for batch in found for one in batch)]
 
 
 def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
@@ -158,33 +169,63 @@ def _batches(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield batch
 
 
-def _read_batch(fd: int, batch: list[Job], verify: bool) -> Iterator[tuple[int, str]]:
-    headers = [memoryview(bytearray(len(job.record.header))) for job in batch]
-    first = batch[0]
-    if len(batch) == 1 and len(first.into) > _PIECE_BYTES:
-        _fill(fd, [headers[0]], first.record.entry.header, batch)
-        checksums = [_read_large(fd, first)]
-    else:
-        buffers = [
-            buffer for pair in zip(headers, (job.into for job in batch), strict=True) for buffer in pair
-        ]
-        _fill(fd, buffers, first.record.entry.header, batch)
-        checksums = [crc32(job.into) for job in batch]
-    for job, header, checksum in zip(batch, headers, checksums, strict=True):
-        entry, title = job.record.entry, job.record.title
-        if header != job.record.header:
-            yield entry.header, f"the zip header of {title} is not the one that was written"
-        elif verify and checksum != entry.crc32:
-            yield entry.header, f"{title} has checksum {checksum:08x}, the manifest says {entry.crc32:08x}"
+class _Reader:
+    """Reads batches, each thread with a buffer of its own for what is not kept."""
 
+    def __init__(self, fd: int, verify: bool) -> None:
+        self._fd, self._verify = fd, verify
+        self._own = threading.local()
 
-def _read_large(fd: int, job: Job) -> int:
-    checksum = 0
-    for at in range(0, len(job.into), _PIECE_BYTES):
-        piece = job.into[at : at + _PIECE_BYTES]
-        _fill(fd, [piece], job.record.entry.offset + at, [job])
-        checksum = crc32(piece, checksum)
-    return checksum
+    def read(self, batch: list[Job]) -> list[tuple[int, str]]:
+        """Read one batch; gives where each bad record begins, and what is wrong with it."""
+        headers = [memoryview(bytearray(len(job.record.header))) for job in batch]
+        begin = batch[0].record.entry.header
+        if len(batch) == 1 and batch[0].record.entry.length > _PIECE_BYTES:
+            _fill(self._fd, [headers[0]], begin, batch)
+            checksums = [self._read_large(batch[0])]
+        else:
+            buffers = self._buffers(batch)
+            _fill(
+                self._fd, [one for pair in zip(headers, buffers, strict=True) for one in pair], begin, batch
+            )
+            checksums = [crc32(buffer) for buffer in buffers]
+        found = []
+        for job, header, checksum in zip(batch, headers, checksums, strict=True):
+            entry, record = job.record.entry, job.record
+            if header != record.header:
+                found.append(
+                    (entry.header, f"the zip header of {record.title} is not the one that was written")
+                )
+            elif self._verify and checksum != entry.crc32:
+                said = f"{record.title} has checksum {checksum:08x}, the manifest says {entry.crc32:08x}"
+                found.append((entry.header, said))
+        return found
+
+    def _buffers(self, batch: list[Job]) -> list[memoryview]:
+        scratch, at, buffers = self._scratch(), 0, []
+        for job in batch:
+            if job.into is not None:
+                buffers.append(job.into)
+            else:
+                length = job.record.entry.length
+                buffers.append(scratch[at : at + length])
+                at += length
+        return buffers
+
+    def _read_large(self, job: Job) -> int:
+        entry, checksum = job.record.entry, 0
+        for at in range(0, entry.length, _PIECE_BYTES):
+            piece = self._scratch() if job.into is None else job.into[at : at + _PIECE_BYTES]
+            piece = piece[: entry.length - at]
+            _fill(self._fd, [piece], entry.offset + at, [job])
+            checksum = crc32(piece, checksum)
+        return checksum
+
+    def _scratch(self) -> memoryview:
+        known: memoryview | None = getattr(self._own, "scratch", None)
+        if known is None:
+            known = self._own.scratch = memoryview(bytearray(_PIECE_BYTES))
+        return known
 
 
 def _fill(fd: int, buffers: list[memoryview], at: int, batch: list[Job]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from holdfast.checkpoint import eras
 from holdfast.checkpoint.eras import count, inner
+from holdfast.checkpoint.shape import check_shape
 from holdfast.errors import CheckpointIncompatible
 
 FORMAT_VERSION = 1
@@ -46,6 +47,7 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
                 f"{source} has format version {version!r}; this holdfast reads up to "
                 f"{FORMAT_VERSION}. Upgrade holdfast."
             )
+        check_shape(upgraded, source)
         return upgraded
     for change in eras.CHANGES:
         if change.applies(upgraded):
@@ -53,6 +55,7 @@ def upgrade(payload: Any, *, source: str) -> dict[str, Any]:
     for applies, make in _TO_HOLDFAST:
         if applies(upgraded):
             make(upgraded)
+    check_shape(upgraded, source)
     return upgraded
 
 

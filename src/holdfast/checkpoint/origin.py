@@ -11,6 +11,7 @@ import difflib
 import io
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple, TypeAlias, cast
@@ -115,7 +116,9 @@ def open_local(name: str) -> IO[bytes]:
             hint = f"There is no directory {directory} either."
         else:
             there = sorted(entry for entry in os.listdir(directory) if not entry.startswith("."))
-            there = [entry for entry in there if entry.endswith(catalog.SUFFIX)] or there
+            there = [entry for entry in there if entry.endswith(catalog.SUFFIX)] or [
+                entry for entry in there if os.path.isfile(os.path.join(directory, entry))
+            ]
             near = difflib.get_close_matches(wanted, there, n=3, cutoff=0.3) or there[:3]
             hint = "That directory has no checkpoints."
             if near:
@@ -129,7 +132,8 @@ def newest_beside(name: str) -> str:
     try:
         for entry in catalog.scan(directory):
             if entry.whole and not entry.foreign and not os.path.samefile(entry.path, name):
-                return f"\nNewest whole checkpoint in {directory}: {os.path.basename(entry.path)}."
+                newest = f"Newest whole checkpoint in {directory}: {os.path.basename(entry.path)}."
+                return f"\n{newest} Check them all: holdfast verify {shlex.quote(directory)}"
     except (CheckpointError, OSError):  # this is for the message of an error that says more
         pass
     return ""

@@ -15,6 +15,7 @@ import torch
 
 from holdfast.checkpoint import exact
 from holdfast.checkpoint.exact import Spec
+from holdfast.checkpoint.pickle_scan import charge
 from holdfast.checkpoint.stand_ins import (
     AS_IT_IS,
     HANDLERS,
@@ -52,8 +53,8 @@ def encode(obj: Any) -> Encoded:
     """Turn any value into what a checkpoint can hold; never raises for a value that it cannot hold.
 
     A value that cannot be stored is left out (its key is dropped; in a sequence None stands in its place) and
-    named with the reason. Two references to one container or tensor stay one. Parameters and plain tensor
-    subclasses become plain tensors without a gradient, which share memory with the originals.
+    named with the reason. Two references to one container or tensor stay one. Tensors, parameters and plain
+    tensor subclasses become new plain tensors without a gradient, which share memory with the originals.
     """
     encoder = _Encoder()
     try:
@@ -91,6 +92,7 @@ def _decode_items(plain: Any, spec: Spec, done: dict[int, tuple[Any, Any]], dept
     items = spec.get("items")
     if not isinstance(items, dict) or not isinstance(plain, (dict, list, tuple)):
         return plain
+    charge(8 * len(plain))
     places = list(plain) if isinstance(plain, dict) else range(len(plain))
     values: Any = list(plain) if isinstance(plain, tuple) else plain
     for at, child in items.items():
@@ -117,7 +119,7 @@ class _Encoder:
             kind = type(obj)
             if kind in AS_IT_IS:
                 return obj, None
-            if kind is torch.Tensor:
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
                 return encode_tensor(self, obj)
             handler = HANDLERS.get(kind) or handler_for(obj)
             return handler(self, obj) if handler in LEAVES else self.container(obj, handler)

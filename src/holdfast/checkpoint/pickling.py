@@ -1,24 +1,30 @@
 """The pickle inside a checkpoint: written with torch's own calls, read without ever importing a name.
 
-`scan` bounds what a pickle can make the C unpickler allocate before it runs; `SafeUnpickler` maps the few
-globals that a file of plain values and tensors needs to functions that do one thing each.
+`scan` (in `opcodes`) checks what a pickle can make the C unpickler do before it runs; `SafeUnpickler` maps
+the few globals that a file of plain values and tensors needs to functions that do one thing each.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import gc
 import io
+import math
 import pickle
-import re
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from holdfast.checkpoint.pickle_scan import PLAIN, charge, given
+from holdfast.checkpoint.pickle_scan import Call as Call
+from holdfast.checkpoint.pickle_scan import PickleError as PickleError
+from holdfast.checkpoint.pickle_scan import UnsafeGlobal as UnsafeGlobal
+from holdfast.checkpoint.pickle_scan import allowance as allowance
+from holdfast.checkpoint.pickle_scan import scan as scan
 from holdfast.checkpoint.tensors import LAYOUTS, Plan, StorageRef
+
+MOST_DIMENSIONS = 64
+MOST_ELEMENTS = 1 << 60
 
 
 class _Pickler(pickle.Pickler):
@@ -47,129 +53,6 @@ def dumps(tree: Any, plan: Plan) -> bytes:
     return buffer.getvalue()
 
 
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep Python's cyclic collector out while many containers are made, none of which can be garbage yet.
-
-    Each of its passes walks all of them: at 100,000 tensors that doubles the time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-class PickleError(Exception):
-    """The pickle is malformed, or asks for more than it could need."""
-
-
-class UnsafeGlobal(Exception):
-    """The pickle names something that is not on the list; ``name`` is what it names."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
-# A run of opcodes whose length does not depend on their data, or that only name a global: in C, by `re`.
-# Bounded, since `re` keeps a little memory for each repetition until the match is over.
-_FIXED = re.compile(
-    rb"(?:[(012NQRabdeltosu)\]}\x81\x85-\x89\x8f-\x94]"
-    rb"|[Kqh\x80].|M..|[Jj]....|G.{8}|r..[\x00-\x3f]\x00|c[^\n]*\n[^\n]*\n){0,4000}",
-    re.DOTALL,
-)
-_COUNTED: dict[int, tuple[str, int]] = {
-    ord("X"): ("<I", 4), ord("B"): ("<I", 4), ord("T"): ("<i", 4), ord("U"): ("<B", 1), ord("C"): ("<B", 1),
-    0x8A: ("<B", 1), 0x8B: ("<i", 4), 0x8C: ("<B", 1), 0x8D: ("<Q", 8), 0x8E: ("<Q", 8), 0x96: ("<Q", 8),
-}  # fmt: skip
-_LINES = {ord("I"): 1, ord("L"): 1, ord("F"): 1, ord("S"): 1, ord("V"): 1, ord("g"): 1, ord("i"): 2}
-_STOP = ord(".")
-
-
-def scan(data: bytes) -> int:
-    """Check that a pickle is well formed and asks for no more memory than its own size warrants.
-
-    Returns where it ends.
-
-    Every counted length lies inside the data; memo slots are bounded by the number of opcodes; extension
-    codes, out-of-band buffers and text persistent ids, which no checkpoint has, are refused.
-
-    Raises:
-        PickleError: with the offset of the first thing that is wrong.
-    """
-    at, end = 0, len(data)
-    slots = max(1 << 16, end)
-    fixed = _FIXED.match
-    while True:
-        run = fixed(data, at)
-        if run is not None and run.end() > at:
-            at = run.end()
-            continue
-        if at >= end:
-            raise PickleError("it ends in the middle")
-        code = data[at]
-        if code == _STOP:
-            return at + 1
-        counted = _COUNTED.get(code)
-        if counted is not None:
-            form, width = counted
-            if at + 1 + width > end:
-                raise PickleError("it ends in the middle")
-            (length,) = struct.unpack_from(form, data, at + 1)
-            at += 1 + width + length
-            if length < 0 or at > end:
-                raise PickleError(f"byte {at} lies beyond its end")
-        elif code == 0x95:  # a frame: a hint only, but the unpickler reads that much at once
-            length = int.from_bytes(data[at + 1 : at + 9], "little")
-            at += 9
-            if at + length > end:
-                raise PickleError(f"a frame of {length} bytes lies beyond its end")
-        elif code == ord("r"):
-            slot = int.from_bytes(data[at + 1 : at + 5], "little")
-            if slot > slots:
-                raise PickleError(f"memo slot {slot} is out of proportion to {end} bytes")
-            at += 5
-        elif code == ord("p"):
-            line = data.find(b"\n", at)
-            text = data[at + 1 : line]
-            if line < 0 or not text.isdigit() or len(text) > 10 or int(text) > slots:
-                raise PickleError(f"memo slot {text[:20]!r} is out of proportion to {end} bytes")
-            at = line + 1
-        elif code in _LINES:
-            for _ in range(_LINES[code]):
-                line = data.find(b"\n", at)
-                if line < 0:
-                    raise PickleError("it ends in the middle")
-                at = line + 1
-        else:
-            raise PickleError(f"opcode {code:#04x} at byte {at} has no place in a checkpoint")
-
-
-class Call:
-    """A function that a pickle may call, and do nothing else with.
-
-    A plain function would not do: the BUILD opcode can set its defaults.
-    """
-
-    __slots__ = ("_function",)
-    _function: Callable[..., Any]
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_function", function)
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise PickleError("it changes one of the reader's own functions")
-
-    def __setstate__(self, state: Any) -> None:
-        raise PickleError("it changes one of the reader's own functions")
-
-
 class _Kind:
     """A storage class as a pickle names it: its dtype is all that it means."""
 
@@ -187,10 +70,15 @@ class _Storage:
     """A loaded record together with the dtype under which the pickle refers to it."""
 
     __slots__ = ("dtype", "untyped")
+    untyped: torch.UntypedStorage
+    dtype: torch.dtype
 
     def __init__(self, untyped: torch.UntypedStorage, dtype: torch.dtype) -> None:
-        self.untyped = untyped
-        self.dtype = dtype
+        object.__setattr__(self, "untyped", untyped)
+        object.__setattr__(self, "dtype", dtype)
+
+    __setattr__ = Call.__setattr__
+    __setstate__ = Call.__setstate__
 
 
 StorageReader = Callable[[str, str], "torch.UntypedStorage"]
@@ -202,7 +90,19 @@ class SafeUnpickler(pickle.Unpickler):
     def __init__(self, data: bytes, storage: StorageReader) -> None:
         super().__init__(io.BytesIO(data), encoding="latin-1")
         self._storage = storage
-        self._known: dict[tuple[str, str, torch.dtype], _Storage] = {}
+        self._keys: set[str] = set()
+        self._allowance_bytes = 16 * len(data) + (1 << 16)
+
+    def load(self) -> Any:
+        """Build it all.
+
+        Raises:
+            PickleError: for what no checkpoint has.
+            UnsafeGlobal: it names what is not on the list.
+            Exception: any, for a pickle that is malformed.
+        """
+        with allowance(self._allowance_bytes):
+            return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -216,6 +116,9 @@ class SafeUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         kind, key, location, numel = storage_id(pid)
         storage = self._storage(key, location)
+        if key not in self._keys:
+            self._keys.add(key)
+            charge(-4 * storage.nbytes())  # for tensors that have to be computed
         if numel < 0 or numel * kind.dtype.itemsize > storage.nbytes():
             raise PickleError(
                 f"data/{key} has {storage.nbytes()} bytes, which are not {numel} elements of {kind.dtype}"
@@ -236,15 +139,46 @@ def _check_bounds(storage: Any, dtype: torch.dtype, offset: int, size: Any, stri
     """Refuse a tensor that reaches beyond its record: torch would grow the record instead."""
     if type(storage) is not _Storage or type(size) is not tuple or type(stride) is not tuple:
         raise PickleError("a tensor is put together from something that is not a storage")
+    if type(offset) is not int or len(size) > MOST_DIMENSIONS:
+        raise PickleError("a tensor has an offset or a number of dimensions that none has")
     reach = offset
-    empty = False
+    numel = 1
     for length, step in zip(size, stride, strict=True):
-        if length < 0 or step < 0:
-            raise PickleError("a tensor has a negative size")
-        empty = empty or length == 0
+        if type(length) is not int or type(step) is not int or length < 0 or step < 0:
+            raise PickleError("a tensor has a size that is not one")
+        numel *= length
         reach += (length - 1) * step
-    if offset < 0 or (not empty and (reach + 1) * dtype.itemsize > storage.untyped.nbytes()):
+    if offset < 0 or (numel and (reach + 1) * dtype.itemsize > storage.untyped.nbytes()):
         raise PickleError(f"a tensor of shape {size} reaches beyond its record")
+    if numel > MOST_ELEMENTS:  # an expanded one; torch counts in 64 bits
+        raise PickleError(f"a tensor of shape {size} has more elements than can be counted")
+
+
+def _dense(tensor: Any) -> torch.Tensor:
+    """A tensor that something is about to be made of: no larger than the memory that the file gave it."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        raise PickleError("a tensor is made of something that is not a plain tensor")
+    if not tensor.is_meta:
+        size_bytes = tensor.numel() * tensor.itemsize
+        if size_bytes > tensor.untyped_storage().nbytes():
+            raise PickleError("a tensor is made of one that repeats its elements")
+        charge(size_bytes)
+    return tensor
+
+
+def _viewed(tensor: torch.Tensor, metadata: Any) -> torch.Tensor:
+    """A view with its conjugate or negative bit set, in files of torch.save."""
+    if type(metadata) is not dict:
+        raise PickleError(f"a {type(metadata).__name__} says nothing of a tensor")
+    if tensor.is_meta:
+        return tensor  # it lies under a key that the reader leaves out
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        # What repeats its elements would take more memory than the file has: left to be computed when used.
+        tensor = tensor.conj() if metadata.get("conj") else tensor
+        return torch._neg_view(tensor) if metadata.get("neg") else tensor
+    if metadata.get("conj") and tensor.is_complex():
+        tensor = _dense(tensor).conj_physical()
+    return -_dense(tensor) if metadata.get("neg") else tensor
 
 
 def _rebuild(
@@ -262,9 +196,8 @@ def _rebuild(
     _check_bounds(storage, dtype, offset, size, stride)
     tensor = torch.empty(0, dtype=dtype, device=storage.untyped.device)
     tensor.set_(storage.untyped, offset, size, stride)
-    if metadata:  # a view with its conjugate or negative bit set, in files of torch.save
-        tensor = tensor.conj_physical() if metadata.get("conj") else tensor
-        tensor = -tensor if metadata.get("neg") else tensor
+    if metadata:
+        tensor = _viewed(tensor, metadata)
     return tensor.requires_grad_() if grad is True else tensor
 
 
@@ -299,10 +232,11 @@ def _rebuild_quantised(
         tensor = torch._empty_affine_quantized((0,), scale=params[0], zero_point=params[1], dtype=dtype)
     else:
         scales, zeros, axis = params
-        if not isinstance(scales, torch.Tensor):
-            scales = torch.tensor(scales, dtype=torch.float64)
-        if not isinstance(zeros, torch.Tensor):
-            zeros = torch.tensor(zeros, dtype=torch.int64)
+        scales, zeros = _numbers(scales, torch.float64), _numbers(zeros, torch.int64)
+        size_bytes = dtype.itemsize * math.prod(size)
+        if size_bytes > storage.untyped.nbytes():
+            raise PickleError("a quantised tensor repeats its elements")
+        charge(size_bytes)
         tensor = torch._empty_per_channel_affine_quantized(
             size, scales=scales, zero_points=zeros, axis=axis, dtype=dtype
         )
@@ -311,23 +245,49 @@ def _rebuild_quantised(
     return tensor.set_(typed, offset, size, stride)
 
 
+def _numbers(values: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return _dense(values)
+    if type(values) not in (list, tuple) or not {type(value) for value in values} <= {int, float}:
+        raise PickleError("a quantised tensor has scales that are not numbers")
+    charge(8 * len(values))
+    return torch.tensor(values, dtype=dtype)
+
+
 def _rebuild_sparse(layout: torch.layout, parts: Any) -> torch.Tensor:
+    if type(layout) is not torch.layout or type(parts) is not tuple:
+        raise PickleError("a sparse tensor is not made of a layout and parts")
     if any(getattr(part, "is_meta", False) for part in parts):
         return torch.empty(0, device="meta")  # it lies under a key that the reader leaves out
     if layout is torch.sparse_coo:
         indices, values, size, *rest = parts
+        _check_size(size)
+        indices, values = _dense(indices), _dense(values)
         coalesced = rest[0] if rest else None
         return torch.sparse_coo_tensor(indices, values, size, is_coalesced=coalesced, check_invariants=True)
     rows, columns, values, size = parts
+    _check_size(size)
+    rows, columns, values = _dense(rows), _dense(columns), _dense(values)
     return torch.sparse_compressed_tensor(rows, columns, values, size, layout=layout, check_invariants=True)
 
 
 def _rebuild_meta(dtype: torch.dtype, size: Any, stride: Any, grad: bool) -> torch.Tensor:
+    if type(dtype) is not torch.dtype:
+        raise PickleError(f"a {type(dtype).__name__} is not a dtype")
+    for lengths in (size, stride):
+        _check_size(lengths)
     return torch.empty_strided(size, stride, dtype=dtype, device="meta", requires_grad=grad is True)
 
 
+def _check_size(size: Any) -> None:
+    if type(size) not in (tuple, torch.Size) or len(size) > MOST_DIMENSIONS:
+        raise PickleError("a tensor has a size that is not one")
+    if not all(type(length) is int and 0 <= length <= MOST_ELEMENTS for length in size):
+        raise PickleError("a tensor has a size that is not one")
+
+
 def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    if type(function) is not Call:
+    if type(function) is not Call or type(args) is not tuple:
         raise PickleError("a tensor is put together by something that does not make tensors")
     return function(*args)
 
@@ -339,26 +299,24 @@ def _layout(name: str) -> torch.layout:
     return known[name]
 
 
-def _encoded_bytes(text: str, encoding: str = "latin1") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise PickleError("it has bytes in an encoding that no checkpoint has")
-    return text.encode("latin-1")
+def _device(*args: Any) -> torch.device:
+    if not all(type(arg) is int or (type(arg) is str and len(arg) < 100) for arg in args):
+        raise PickleError("it names a device by something that is not a name")
+    return torch.device(*args)
 
 
-def _given(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments that are values with a size of their own: ``bytearray(1 << 40)`` would be a bomb."""
-    if len(args) > 1 or not all(type(arg) in (list, tuple, dict, bytes) for arg in args):
-        raise PickleError("a collection is made of something that is not one")
-    return args
+def _size(*args: Any) -> torch.Size:
+    for arg in given(args):
+        if not all(type(length) is int for length in arg):
+            raise PickleError("a size is not made of whole numbers")
+    return torch.Size(*args)
 
 
 def _globals() -> dict[tuple[str, str], Any]:
     table: dict[tuple[str, str], Any] = {
-        ("collections", "OrderedDict"): Call(lambda *args: collections.OrderedDict(*_given(args))),
-        ("collections", "Counter"): Call(lambda *args: collections.Counter(*_given(args))),
-        ("_codecs", "encode"): Call(_encoded_bytes),
-        ("torch", "Size"): Call(lambda *args: torch.Size(*_given(args))),
-        ("torch", "device"): Call(lambda *args: torch.device(*args)),
+        **PLAIN,
+        ("torch", "Size"): Call(_size),
+        ("torch", "device"): Call(_device),
         ("torch", "Tensor"): torch.Tensor.__name__,
         ("torch.nn.parameter", "Parameter"): "Parameter",
         ("torch.serialization", "_get_layout"): Call(_layout),
@@ -376,15 +334,6 @@ def _globals() -> dict[tuple[str, str], Any]:
     }
     for name, function in rebuilders.items():
         table["torch._utils", name] = Call(function)
-    collections_by_name: dict[str, Callable[..., Any]] = {
-        "set": lambda *args: set(*_given(args)),
-        "frozenset": lambda *args: frozenset(*_given(args)),
-        "bytearray": lambda *args: bytearray(*_given(args)),
-        "bytes": lambda *args: bytes(*_given(args)),
-        "complex": complex,
-    }
-    for name, builtin in collections_by_name.items():
-        table["builtins", name] = table["__builtin__", name] = Call(builtin)
     for dtype in (value for value in vars(torch).values() if isinstance(value, torch.dtype)):
         table["torch", str(dtype).removeprefix("torch.")] = dtype
     for dtype, name in torch.storage._dtype_to_storage_type_map().items():

@@ -82,3 +82,20 @@ def reachable(data: bytes, skip: Collection[Any], outline: Callable[[bytes], Out
             seen.add(id(at))
             top += at.parts if kind is _Made else gc.get_referents(at)
     return found
+
+
+def leads_to_meta(tree: Any) -> bool:
+    """Whether what was built holds a tensor without memory, such as one whose storage was left out."""
+    top, seen = [tree], set()
+    while top:
+        at = top.pop()
+        if isinstance(at, torch.Tensor):
+            if at.is_meta:
+                return True
+        elif isinstance(at, (dict, list, tuple, set, frozenset, collections.deque)):
+            if id(at) not in seen:
+                seen.add(id(at))
+                top += gc.get_referents(at)
+        elif hasattr(at, "__dict__") and not isinstance(at, type):
+            top.append(vars(at))
+    return False

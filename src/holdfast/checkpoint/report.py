@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from holdfast.utilities.rank_zero import warn_once
+
 
 @dataclass(frozen=True)
 class SaveReport:
@@ -41,3 +43,9 @@ class SaveReport:
     def gb_per_s(self) -> float:
         """Size over the time of writing, in units of 10^9 bytes a second; 0 where that time is unknown."""
         return self.size_bytes / self.write_s / 1e9 if self.write_s > 0 else 0.0
+
+
+def tell_omissions(omissions: list[tuple[str, str]]) -> None:
+    """Warn once of each value that is not in a checkpoint, with the reason."""
+    for where, reason in omissions:
+        warn_once(("omitted", where), f"{where} is not in the checkpoint: {reason}")

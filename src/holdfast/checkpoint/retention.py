@@ -1,13 +1,18 @@
 """Which checkpoints stay and which go: pure decisions, from lists of values to lists of paths.
 
-Nothing here touches a disk. Whoever acts on a decision does so after the newer file is durable.
+Nothing here touches a disk. Whoever acts on a decision does so after the newer file is durable. The
+policies that a `Checkpointer` takes (`KeepBest`, `KeepLast`, `KeepEvery`, `KeepNewer`) are at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+
+from holdfast.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -42,21 +47,6 @@ class Found:
     step: int
     run: str | None = None
     score: float | None = None
-
-
-def ranks_above(score: float, other: float, mode: str) -> bool:
-    """Tell whether ``score`` is strictly better than ``other``; a number is better than NaN.
-
-    Args:
-        score: The value in question.
-        other: The value to beat.
-        mode: "min" or "max": which end is better.
-    """
-    if math.isnan(score):
-        return False
-    if math.isnan(other):
-        return True
-    return score < other if mode == "min" else score > other
 
 
 def best_first(candidates: Iterable[Ranked], mode: str) -> list[Ranked]:
@@ -130,3 +120,263 @@ def left_behind(found: Iterable[Found], *, run: str, before_step: int, keep: Col
         keep: Paths that are in use.
     """
     return [one.path for one in found if one.run == run and one.step < before_step and one.path not in keep]
+
+
+# -- policies that compose -----------------------------------------------------------------------------------
+
+
+class Candidate(Protocol):
+    """A checkpoint as a policy sees it; `catalog.Entry` is one."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def step(self) -> int | None: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def saved_at(self) -> float: ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+class Verdict(NamedTuple):
+    """What becomes of one checkpoint, and why."""
+
+    path: str
+    kept: bool
+    reason: str
+
+
+Opinion: TypeAlias = "tuple[bool, str]"
+"""Whether a policy keeps a candidate, and the reason in words."""
+
+
+class Policy:
+    """Which checkpoints stay. ``a | b`` keeps what either keeps, ``a & b`` what both keep.
+
+    To write your own, derive from it and write `opinions`.
+    """
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        """Say of each candidate whether it stays, and why.
+
+        Args:
+            candidates: All there are, oldest first.
+            now: Seconds since 1970.
+        """
+        raise NotImplementedError
+
+    def __or__(self, other: Policy) -> Policy:
+        return _Any(_parts(self, _Any) + _parts(other, _Any))
+
+    def __and__(self, other: Policy) -> Policy:
+        return _All(_parts(self, _All) + _parts(other, _All))
+
+
+@dataclass(frozen=True)
+class KeepAll(Policy):
+    """Keep every checkpoint."""
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        return [(True, "all are kept")] * len(candidates)
+
+
+@dataclass(frozen=True)
+class KeepLast(Policy):
+    """Keep the last ``n`` checkpoints.
+
+    Raises:
+        ConfigError: ``n`` is less than 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count(self.n, f"KeepLast({self.n!r})")
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        first = len(candidates) - self.n
+        text = "the last one" if self.n == 1 else f"among the last {self.n}"
+        return [
+            (True, text) if index >= first else (False, f"not {text}") for index in range(len(candidates))
+        ]
+
+
+@dataclass(frozen=True)
+class KeepEvery(Policy):
+    """Keep each checkpoint whose step can be divided by ``n``, for ever.
+
+    Raises:
+        ConfigError: ``n`` is less than 1.
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count(self.n, f"KeepEvery({self.n!r})")
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        kept = [one.step is not None and one.step % self.n == 0 for one in candidates]
+        return [(stays, f"step {'' if stays else 'not '}divisible by {self.n}") for stays in kept]
+
+
+@dataclass(frozen=True)
+class KeepBest(Policy):
+    """Keep the ``k`` best by a metric. A tie keeps the older; NaN, or no such metric, is never among them.
+
+    Args:
+        k: How many.
+        metric: A key of what ``save(metrics=)`` was given.
+        mode: "min" or "max": which end is better.
+
+    Raises:
+        ConfigError: ``k`` is less than 1, or ``mode`` is something else.
+    """
+
+    k: int
+    metric: str
+    mode: str = "min"
+
+    def __post_init__(self) -> None:
+        _check_count(self.k, f"KeepBest({self.k!r}, {self.metric!r})")
+        if self.mode not in ("min", "max"):
+            raise ConfigError(f'KeepBest(mode={self.mode!r}): mode is "min" or "max".')
+
+    def best(self, candidates: Sequence[C]) -> list[C]:
+        """The ``k`` best, the best one first."""
+        scores = [(one, one.metrics.get(self.metric, math.nan)) for one in candidates]
+        numbers = [(one, score) for one, score in scores if not math.isnan(score)]
+        sign = 1 if self.mode == "min" else -1
+        return [one for one, _ in sorted(numbers, key=lambda pair: sign * pair[1])][: self.k]
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        best = {id(one) for one in self.best(candidates)}
+        text = f"the best by {self.metric}" if self.k == 1 else f"among the {self.k} best by {self.metric}"
+        opinions = []
+        for one in candidates:
+            score = one.metrics.get(self.metric)
+            number = f"it has no {self.metric}" if score is None else f"{score:.4g}"
+            stays = id(one) in best
+            opinions.append((stays, f"{'' if stays else 'not '}{text} ({number})"))
+        return opinions
+
+
+@dataclass(frozen=True)
+class KeepNewer(Policy):
+    """Keep what was saved less than a time ago.
+
+    Args:
+        than: How long ago.
+
+    Raises:
+        ConfigError: ``than`` is not a positive `datetime.timedelta`.
+    """
+
+    than: timedelta
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.than, timedelta) or self.than <= timedelta(0):
+            raise ConfigError(
+                f"KeepNewer({self.than!r}): give a positive datetime.timedelta, such as timedelta(days=2)."
+            )
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        limit = now - self.than.total_seconds()
+        return [
+            (True, f"newer than {self.than}") if one.saved_at > limit else (False, f"older than {self.than}")
+            for one in candidates
+        ]
+
+
+@dataclass(frozen=True)
+class _Any(Policy):
+    policies: tuple[Policy, ...]
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        return [_joined(any, opinions) for opinions in _of_each(self.policies, candidates, now)]
+
+
+@dataclass(frozen=True)
+class _All(Policy):
+    policies: tuple[Policy, ...]
+
+    def opinions(self, candidates: Sequence[Candidate], now: float) -> list[Opinion]:
+        return [_joined(all, opinions) for opinions in _of_each(self.policies, candidates, now)]
+
+
+def _parts(policy: Policy, kind: type[_Any] | type[_All]) -> tuple[Policy, ...]:
+    if not isinstance(policy, Policy):
+        raise ConfigError(f"{policy!r} is not a policy of what to keep, such as KeepLast(3).")
+    return policy.policies if isinstance(policy, kind) else (policy,)
+
+
+def _of_each(
+    policies: tuple[Policy, ...], candidates: Sequence[Candidate], now: float
+) -> list[tuple[Opinion, ...]]:
+    return list(zip(*(policy.opinions(candidates, now) for policy in policies), strict=True))
+
+
+def _joined(rule: Callable[[Iterable[bool]], bool], opinions: Sequence[Opinion]) -> Opinion:
+    """The verdict of several policies, with the reasons of those that decided it."""
+    kept = rule(stays for stays, _ in opinions)
+    return kept, "; ".join(reason for stays, reason in opinions if stays is kept)
+
+
+def _check_count(count: int, said: str) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ConfigError(f"{said}: give a whole number of at least 1.")
+
+
+def policy_of(keep: int | Policy | None) -> Policy:
+    """The policy that ``keep=`` means: 3 is `KeepLast(3) <KeepLast>`, None keeps all.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if keep is None:
+        return KeepAll()
+    if isinstance(keep, Policy):
+        return keep
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1:
+        return KeepLast(keep)
+    raise ConfigError(
+        f"keep={keep!r}: give a whole number of at least 1, None to keep all, or policies such as "
+        'KeepBest(1, "val_loss") | KeepLast(3).'
+    )
+
+
+def first_ranking(policy: Policy) -> KeepBest | None:
+    """The first `KeepBest` in a policy: by what it ranks there is a best checkpoint."""
+    if isinstance(policy, KeepBest):
+        return policy
+    if isinstance(policy, (_Any, _All)):
+        found = (first_ranking(one) for one in policy.policies)
+        return next((one for one in found if one is not None), None)
+    return None
+
+
+def judge(
+    policy: Policy, candidates: Sequence[Candidate], *, now: float, protected: Collection[str] = ()
+) -> list[Verdict]:
+    """Decide of each checkpoint whether it stays or goes, and say why.
+
+    The newest one stays whatever the policy says.
+
+    Args:
+        policy: What to keep.
+        candidates: All that are durable, oldest first.
+        now: Seconds since 1970.
+        protected: Paths that stay.
+    """
+    verdicts = []
+    for index, (one, (kept, reason)) in enumerate(
+        zip(candidates, policy.opinions(candidates, now), strict=True)
+    ):
+        if one.path in protected:
+            kept, reason = True, "the run went on from it"
+        elif index == len(candidates) - 1:
+            kept, reason = True, "the newest"
+        verdicts.append(Verdict(one.path, kept, reason))
+    return verdicts

@@ -25,7 +25,7 @@ import torch
 
 from holdfast.checkpoint import exact
 from holdfast.checkpoint.exact import Spec
-from holdfast.checkpoint.tensors import LAYOUTS, Span
+from holdfast.checkpoint.tensors import LAYOUTS, check_reach
 
 Plain = tuple[Any, "Spec | None"]
 
@@ -163,42 +163,45 @@ def _torch_constant(encoder: Encoder, obj: Any) -> Plain:
 
 
 def encode_tensor(encoder: Encoder, obj: torch.Tensor) -> Plain:
-    """A plain tensor without a gradient, on the memory of the original."""
-    if type(obj) is torch.Tensor and not obj.requires_grad and not obj.is_conj() and not obj.is_neg():
-        plain = obj
-    else:
-        plain = encoder.once(obj, _plain_tensor)
-    _check_memory(plain)
+    """A new plain tensor on the memory of the original: a later ``.data =`` or `set_` does not reach it."""
+    plain = encoder.once(obj, _plain_tensor)
     encoder.tensor(plain)
     return plain, None
+
+
+def _plain_tensor(obj: torch.Tensor) -> torch.Tensor:
+    kind = type(obj)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        plain = obj.detach()
+    else:
+        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise Unstorable(f"a tensor of type {exact.type_name(kind)} has no memory of its own")
+        if torch.nn.parameter.is_lazy(obj):
+            raise Unstorable("it has not been initialised yet")
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = obj.detach()
+            if type(plain) is not torch.Tensor:
+                plain = plain.as_subclass(torch.Tensor)
+    if plain.is_conj() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg()
+    _check_memory(plain)
+    return plain
 
 
 def _check_memory(tensor: torch.Tensor) -> None:
     if tensor.is_nested:
         raise Unstorable("a nested tensor cannot be stored")
-    if tensor.layout not in LAYOUTS:
-        raise Unstorable(f"a tensor of layout {tensor.layout} cannot be stored")
+    if tensor.layout is not torch.strided:
+        if tensor.layout not in LAYOUTS:
+            raise Unstorable(f"a tensor of layout {tensor.layout} cannot be stored")
+        return
     if tensor.is_quantized and tensor.dtype in (torch.quint4x2, torch.quint2x4):
         raise Unstorable(f"a tensor of dtype {tensor.dtype} cannot be stored")
-    if tensor.layout is torch.strided and not tensor.is_meta:
+    if not tensor.is_meta:
         try:
-            Span("", tensor)
+            check_reach(tensor)
         except (ValueError, RuntimeError) as error:  # the latter for devices whose memory torch cannot see
             raise Unstorable(str(error)) from None
-
-
-def _plain_tensor(obj: torch.Tensor) -> torch.Tensor:
-    kind = type(obj)
-    if kind not in (torch.Tensor, torch.nn.Parameter):
-        if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-            raise Unstorable(f"a tensor of type {exact.type_name(kind)} has no memory of its own")
-        if torch.nn.parameter.is_lazy(obj):
-            raise Unstorable("it has not been initialised yet")
-    with torch._C.DisableTorchFunctionSubclass():
-        plain = obj.detach()
-        if type(plain) is not torch.Tensor:
-            plain = plain.as_subclass(torch.Tensor)
-        return plain.resolve_conj().resolve_neg()
 
 
 def _generator(encoder: Encoder, obj: torch.Generator) -> Plain:

@@ -18,6 +18,7 @@ LAYOUTS = (
     torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc,
 )  # fmt: skip
 
+_memmove = ctypes.memmove
 _memory_view = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_view.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 _memory_view.restype = ctypes.py_object
@@ -50,65 +51,102 @@ class Record:
 
     Attributes:
         spans: the tensors that lie in it.
-        dense: set if the bytes are ``dense.contiguous()`` instead of a run of the storage.
+        start: where in the storage the run begins, in bytes.
+        length: in bytes.
+        dense: whether the bytes are those of the first span's tensor made contiguous, not a run.
+        address: where the bytes lie, if they are a run of host memory; else None.
     """
 
-    __slots__ = ("dense", "key", "length", "location", "spans", "start", "storage")
+    __slots__ = ("address", "dense", "key", "length", "location", "spans", "start")
 
-    def __init__(self, spans: list[Span], start: int, length: int, dense: torch.Tensor | None = None) -> None:
+    def __init__(self, spans: list[Span], start: int, length: int, *, dense: bool = False) -> None:
         self.key = ""
         self.spans = spans
-        self.storage = spans[0].storage
         self.start = start
         self.length = length
         self.dense = dense
+        self.address: int | None = None
         self.location = "cpu"
-        if not spans[0].tensor.is_cpu:
-            self.location = str(torch.serialization.location_tag(self.storage))
+        first = spans[0]
+        if not first.tensor.is_cpu:
+            self.location = str(torch.serialization.location_tag(first.storage))
+        elif not dense:
+            self.address = first.tensor.data_ptr() - first.low + start
 
     @property
     def name(self) -> str:
         return f"data/{self.key}"
 
-    def small(self) -> bytes:
-        """The record's bytes, copied."""
-        if self.dense is None and self.storage.device.type == "cpu":
-            return ctypes.string_at(self.storage.data_ptr() + self.start, self.length) if self.length else b""
-        return b"".join(bytes(chunk) for chunk in self.chunks())
+    def copy_to(self, address: int) -> None:
+        """Copy the record's bytes to host memory, without holding the GIL where they are many."""
+        if self.address is not None:
+            _memmove(address, self.address, self.length)
+            return
+        for source, length in self.pieces():
+            _memmove(address, source, length)
+            address += length
 
-    def chunks(self) -> Iterator[Any]:
-        """The record's bytes in pieces of about `CHUNK_BYTES`; a device's memory is copied piece by piece.
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(address, length) of the record's bytes in host memory, in pieces of up to about `CHUNK_BYTES`.
 
-        Each piece is good only until the next one is asked for.
+        A device's memory, and what has to be made dense, is copied piece by piece: each is good only until
+        the next one is asked for.
         """
-        if self.dense is not None:
-            yield from _dense_chunks(self.dense)
-        elif self.storage.device.type == "cpu":
-            address = self.storage.data_ptr() + self.start
+        if self.address is not None:
             for at in range(0, self.length, CHUNK_BYTES):
-                yield memory(address + at, min(CHUNK_BYTES, self.length - at))
+                yield self.address + at, min(CHUNK_BYTES, self.length - at)
+        elif self.dense:
+            yield from _dense_pieces(self.spans[0].tensor)
         else:
-            whole = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
-            for at in range(self.start, self.start + self.length, CHUNK_BYTES):
-                piece = whole[at : min(at + CHUNK_BYTES, self.start + self.length)].cpu()
-                yield _memory_of(piece)
+            whole = self.run()
+            for at in range(0, self.length, CHUNK_BYTES):
+                piece = whole[at : at + CHUNK_BYTES].cpu()
+                yield piece.data_ptr(), piece.numel()
+
+    def run(self) -> torch.Tensor:
+        """The bytes of a record that is a run of a storage, as they lie in its device's memory."""
+        storage = self.spans[0].storage
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        return whole.set_(storage, self.start, (self.length,), (1,))
 
 
-def _dense_chunks(tensor: torch.Tensor) -> Iterator[Any]:
-    row_bytes = tensor[:1].numel() * tensor.element_size()
+def _dense_pieces(tensor: torch.Tensor, scratch: torch.Tensor | None = None) -> Iterator[tuple[int, int]]:
+    size = tensor.element_size()
+    if scratch is None and not tensor.is_quantized:
+        # One for all pieces: memory asked for and given back piece by piece would not stay small.
+        scratch = torch.empty(min(tensor.numel(), CHUNK_BYTES // size), dtype=tensor.dtype)
+    row_bytes = tensor[:1].numel() * size
     if tensor.dim() > 1 and row_bytes > CHUNK_BYTES:
         for row in tensor:
-            yield from _dense_chunks(row)
+            yield from _dense_pieces(row, scratch)
         return
     rows = max(1, CHUNK_BYTES // max(1, row_bytes))
     for at in range(0, tensor.shape[0], rows):
-        piece = tensor[at : at + rows].contiguous().cpu()
-        yield _memory_of(piece)
+        piece = tensor[at : at + rows]
+        if scratch is None:
+            piece = piece.contiguous().cpu()
+        else:
+            piece = scratch[: piece.numel()].view(piece.shape).copy_(piece)
+        yield piece.data_ptr(), piece.numel() * size
 
 
-def _memory_of(piece: torch.Tensor) -> memoryview:
-    """The bytes of a dense tensor in host memory, which whoever asks keeps alive."""
-    return memory(piece.data_ptr(), piece.numel() * piece.element_size())
+def check_reach(tensor: torch.Tensor) -> tuple[int, int]:
+    """Bytes ``low`` to ``high`` of its storage in which a strided tensor lies; (0, 0) if it is empty.
+
+    Raises:
+        ValueError: if it has no memory that could be read, with the reason as text.
+    """
+    reach = tensor.numel()
+    if reach == 0:
+        return 0, 0
+    size = tensor.itemsize
+    low = int(tensor.storage_offset()) * size
+    if not tensor.is_contiguous():
+        reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    high = low + reach * size
+    if high > tensor.untyped_storage().nbytes():
+        raise ValueError("its memory has been freed, or was never allocated")
+    return low, high
 
 
 class Span:
@@ -118,7 +156,7 @@ class Span:
         ValueError: if it has no memory that could be read, with the reason as text.
     """
 
-    __slots__ = ("dense", "high", "kind", "low", "name", "record", "storage", "stride", "tensor")
+    __slots__ = ("dense", "high", "kind", "low", "name", "record", "stride", "tensor")
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name = name
@@ -127,18 +165,11 @@ class Span:
         self.kind = _LEGACY_STORAGES.get(tensor.dtype)
         self.dense = tensor.is_contiguous()
         self.stride = tensor.stride()
-        self.storage = tensor.untyped_storage()
-        self.low = self.high = 0
-        numel = tensor.numel()
-        if numel == 0:
-            return
-        size = tensor.itemsize
-        self.low = int(tensor.storage_offset()) * size
-        if not self.dense:
-            numel = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, self.stride, strict=True))
-        self.high = self.low + numel * size
-        if self.high > self.storage.nbytes():
-            raise ValueError("its memory has been freed, or was never allocated")
+        self.low, self.high = check_reach(tensor)
+
+    @property
+    def storage(self) -> torch.UntypedStorage:
+        return self.tensor.untyped_storage()
 
     @property
     def used(self) -> int:
@@ -150,19 +181,29 @@ class Span:
         return (self.low, a.shape, self.stride, a.dtype) == (other.low, b.shape, other.stride, b.dtype)
 
 
+Signature = list[tuple[Any, ...]]
+
+
 class Plan:
     """The records of a set of tensors, and how each tensor is rebuilt from them.
 
     Tensors that overlap in memory share a record (tied weights, views). A tensor alone on its stretch of a
     storage is stored without the rest of that storage, so a small view of a large buffer stays small.
+
+    A plan that was signed (`sign`) can be used again (`rebind`); `release` lets go of the tensors meanwhile.
+
+    Attributes:
+        records: in the order of the file.
     """
 
     def __init__(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         self.records: list[Record] = []
+        self._signature: Signature | None = None
         self._spans: dict[int, Span] = {}
         self._composed: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         self._quantizers: dict[int, tuple[Any, ...]] = {}
         self._by_storage: dict[int, list[Span]] = {}
+        self._by_tensor: list[Span | None] = []
         self._kept: list[torch.Tensor] = []  # the plan goes by id, so what it has seen stays alive
         for name, tensor in tensors:
             self._add(name, tensor)
@@ -171,6 +212,43 @@ class Plan:
                 self._place(cluster)
         for number, record in enumerate(self.records):
             record.key = str(number)
+        self._by_storage = {}
+        self._named = tensors
+
+    def rebind(self, tensors: list[tuple[str, torch.Tensor]]) -> bool:
+        """Go on to other tensors, if they lie where the old ones did; return whether they do.
+
+        They do if all names, addresses, shapes, strides, dtypes and devices are the same: then so are the
+        records. Plans of sparse and quantised tensors are not used again.
+        """
+        known = self._signature
+        if known is None or any(tensor.layout is not torch.strided for _, tensor in tensors):
+            return False
+        if len(tensors) != len(known) or _signature(tensors) != known:
+            return False
+        self._kept = [tensor for _, tensor in tensors]
+        self._spans = {}
+        for span, tensor in zip(self._by_tensor, self._kept, strict=True):
+            if span is not None:
+                span.tensor = tensor
+                self._spans[id(tensor)] = span
+        return True
+
+    def release(self) -> None:
+        """Let go of the tensors, and of the memory that only they hold, until `rebind`."""
+        self._spans, self._kept, self._named = {}, [], []
+        self._composed, self._quantizers = {}, {}
+        for span in self._by_tensor:
+            if span is not None:
+                span.tensor = _NOTHING
+
+    def sign(self) -> None:
+        """Note what `rebind` goes by, if this plan can be used again at all.
+
+        To be called before any of the tensors may be moved to other memory.
+        """
+        if not self._composed and not self._quantizers:
+            self._signature = _signature(self._named)
 
     def reduce(self, tensor: torch.Tensor) -> Any:
         """What a pickler's ``reducer_override`` returns for this tensor: torch's own words for it."""
@@ -199,10 +277,12 @@ class Plan:
             self._add_sparse(name, tensor)
             return
         if tensor.is_meta:
+            self._by_tensor.append(None)
             return
         if tensor.is_quantized:
             self._add_quantizer(name, tensor)
         span = self._spans[id(tensor)] = Span(name, tensor)
+        self._by_tensor.append(span)
         self._by_storage.setdefault(span.storage._cdata, []).append(span)
 
     def _add_quantizer(self, name: str, tensor: torch.Tensor) -> None:
@@ -230,7 +310,7 @@ class Plan:
 
     def _place(self, cluster: list[Span]) -> None:
         first = cluster[0]
-        low, high, dense = first.low, first.high, None
+        low, high, dense = first.low, first.high, False
         if len(cluster) > 1:
             low = min(span.low for span in cluster)
             high = max(span.high for span in cluster)
@@ -239,14 +319,25 @@ class Plan:
                 for span in cluster:
                     span.kind = None
         if not first.dense and high - low > 2 * first.used and all(span.same_as(first) for span in cluster):
-            dense = first.tensor
+            dense = True
             high = low + first.used
             for span in cluster:
-                span.stride = _dense_stride(tuple(dense.shape))
-        record = Record(cluster, low, high - low, dense)
+                span.stride = _dense_stride(tuple(first.tensor.shape))
+        record = Record(cluster, low, high - low, dense=dense)
         for span in cluster:
             span.record = record
         self.records.append(record)
+
+
+def _signature(tensors: list[tuple[str, torch.Tensor]]) -> Signature:
+    """All that a plan depends on."""
+    return [
+        (name, t.data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype, t.device)
+        for name, t in tensors
+    ]
+
+
+_NOTHING = torch.empty(0)
 
 
 def _clusters(group: list[Span]) -> list[list[Span]]:

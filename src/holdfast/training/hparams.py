@@ -135,8 +135,8 @@ class HyperparametersMixin:
             ConfigError: a name is not an argument of ``__init__``.
         """
         if frame is None:
-            current = inspect.currentframe()
-            frame = None if current is None else current.f_back
+            # Not by way of its own frame: that would be a cycle, and keep alive all that its callers hold.
+            frame = sys._getframe(1)
         collected = collect_init_arguments(self, frame)
         found = collected or {}
         left_out = {ignore} if isinstance(ignore, str) else set(ignore or ())
@@ -176,8 +176,7 @@ class HyperparametersMixin:
             "self.hparams = hparams is an old spelling: use self.save_hyperparameters(hparams), in __init__.",
             stacklevel=6 if isinstance(self, nn.Module) else 5,  # an nn.Module sets attributes by a method
         )
-        current = inspect.currentframe()
-        found = collect_init_arguments(self, None if current is None else current.f_back) or {}
+        found = collect_init_arguments(self, sys._getframe(1)) or {}
         self._keep_whole(value, found, set())
         self._log_hyperparams = True
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.checkpoint import origin
-from holdfast.checkpoint.load import load
+from holdfast.checkpoint.load import load_mapped
+from holdfast.checkpoint.mapped import Loaded
 from holdfast.checkpoint.migrate import upgrade
 from holdfast.errors import CheckpointIncompatible
 from holdfast.training.averages import check_choice, chosen_weights
@@ -59,7 +60,24 @@ def build_from_checkpoint(
     # A hook of the user's gets to see the checkpoint, and may want any part of it.
     shown = cls.on_load_checkpoint is not CheckpointHooks.on_load_checkpoint
     skip = () if shown else ("optimizer_states",)
-    payload = upgrade(load(source, map_location=map_location, skip=skip), source=title)
+    loaded = load_mapped(source, map_location=map_location, skip=skip)
+    loaded.payload = upgrade(loaded.payload, source=title)
+    try:
+        return _built(cls, loaded, title, hparams_file, strict, overrides, which_weights)
+    finally:
+        loaded.release()
+
+
+def _built(
+    cls: type[Any],
+    loaded: Loaded,
+    title: str,
+    hparams_file: str | os.PathLike[str] | None,
+    strict: bool | None,
+    overrides: Mapping[str, Any],
+    which_weights: str | None,
+) -> Any:
+    payload = loaded.payload
     saved = payload.get(cls.CHECKPOINT_HYPER_PARAMS_KEY)
     name = payload.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
     kind = payload.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE)
@@ -83,6 +101,7 @@ def build_from_checkpoint(
     weights = payload["state_dict"]
     changes = own.get("model") or {} if isinstance(own, Mapping) else {}
     make_room(built, changes, weights)
+    loaded.check()
     load_weights(
         built,
         weights,

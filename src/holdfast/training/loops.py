@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
-from holdfast.training import ended, exactness, rng, state
+from holdfast.training import ended, estimate, exactness, rng, state
 from holdfast.training.combined import CombinedStream
 from holdfast.training.configured import step_schedulers
 from holdfast.training.data import BatchStream, batch_size_of
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.fit_data import FitData
 from holdfast.training.hooks import bind, call, profile, profiled
+from holdfast.training.in_flight import beside_batches, leave_batches
 from holdfast.training.loop_view import LoopView
 from holdfast.training.model_changes import ModelChanges
 from holdfast.training.optimization import make_optimization
 from holdfast.training.progress import BATCH, END, START, VALIDATED, RunningStage
-from holdfast.training.saving import settle
+from holdfast.training.saving import end_of_fit
 from holdfast.training.transfer import make_transfer
 from holdfast.training.validation_schedule import Stopwatch
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -172,14 +173,13 @@ class FitLoop(LoopView):
         call(trainer, "on_train_start")
         trainer.metrics.show_start()
         self._prepare()
+        estimate.before_first_batch(trainer)
         trainer.preemption.leave_untrained(trainer)
         # A hook may have said to stop already.
         while only_ends or not self.finished:
             only_ends = False
             with profile(trainer, "run_training_epoch"):
                 self._run_epoch()
-        # What is read in on_train_end is what is durable.
-        settle(trainer)
         call(trainer, "on_train_end")
 
     def _stand_where_it_ended(self) -> None:
@@ -293,6 +293,7 @@ class FitLoop(LoopView):
         fetch = profiled(trainer, "[_TrainingEpochLoop].train_dataloader_next", next)
         batch = fetch(batches, _NO_BATCH)
         trainer.preemption.leave_untrained(trainer)
+        trainer.checkpoint_stats.steps_begin(progress, writing=bool(trainer.saves_in_flight))
         while batch is not _NO_BATCH:
             trainer.batch_idx = index
             # Only data that cannot tell its length has to be asked for one batch more to know the last one.
@@ -410,12 +411,13 @@ class FitLoop(LoopView):
             return
         if stepped:
             call(trainer, "on_validation_model_zero_grad", only="module")
-        with rng.apart(rng.derive(trainer.seed, "validation", progress.validations)):
+        with beside_batches(trainer), rng.apart(rng.derive(trainer.seed, "validation", progress.validations)):
             validation.run(progress.validations)
         progress.validations += 1
 
     def _end_epoch(self) -> None:
         trainer, progress, metrics = self.trainer, self.progress, self.trainer.metrics
+        leave_batches(trainer)
         self._count_samples(metrics.train.batch)
         metrics.train.batch = metrics.train.batch_size = None
         metrics.train.epoch_ended = True
@@ -429,6 +431,8 @@ class FitLoop(LoopView):
         progress.stage = END
         if trainer.save_requests:
             trainer.safe_point()
+        if self.finished:  # what is read in on_train_end is what is durable
+            end_of_fit(trainer)
         progress.epoch, progress.batch, progress.stage = progress.epoch + 1, 0, START
 
     def _call_epoch_end(self) -> None:

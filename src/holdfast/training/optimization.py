@@ -317,6 +317,9 @@ class AutomaticOptimization(Optimization):
             self._zero_grad(self.optimizer)
         if loss is not None:
             self.backward(loss)
+        elif self.engine.copying:
+            # Its hooks come before the step all the same.
+            self.engine.wait_for_copy()
         return loss
 
     def _zero_grad(self, optimizer: Optimizer) -> None:

@@ -15,8 +15,9 @@ from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.callbacks.save_line import format_size
 from holdfast.errors import ConfigError
 from holdfast.strategies.environments import SLURMEnvironment
+from holdfast.training.in_flight import settle
 from holdfast.training.progress import END, START
-from holdfast.training.saving import carry_out_requests, settle
+from holdfast.training.saving import carry_out_requests
 from holdfast.training.stopped import StoppedFiles
 from holdfast.utilities.rank_zero import rank_zero_info
 
@@ -234,7 +235,8 @@ class Preemption(Checkpoint):
     def ends_otherwise(self, trainer: Trainer, error: BaseException) -> bool:
         """Save nothing more: ``error`` ended the fit. Return whether nobody else is to save either."""
         self._ended_otherwise = True
-        trainer.save_requests = [one for one in trainer.save_requests if one is not self]
+        while self in trainer.save_requests:
+            trainer.save_requests.remove(self)
         cut_off = self.cut_off or (_listening is not None and _listening.cut_off)
         return cut_off or isinstance(error, Preempted)
 

@@ -115,6 +115,11 @@ class Progress:
     limits: list[int | None] = field(default_factory=lambda: [None, None])
     """``max_epochs`` and ``max_steps`` then: a run that resumes with other ones is meant to train on."""
 
+    @property
+    def log_step(self) -> int:
+        """The step number under which loggers have what belongs to the batch that ran last."""
+        return self.batches_that_stepped - (self.stage != BATCH)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return asdict(self)

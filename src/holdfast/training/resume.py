@@ -8,13 +8,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.kept_checkpoints import version_directory
-from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint import catalog, choice, commit
 from holdfast.checkpoint import payload as payloads
 from holdfast.checkpoint.checkpoint_io import writes_own_format
-from holdfast.checkpoint.load import load
+from holdfast.checkpoint.load import load_mapped
+from holdfast.checkpoint.mapped import Loaded
 from holdfast.checkpoint.migrate import upgrade
-from holdfast.errors import CheckpointError, CheckpointIncomplete, CheckpointNotFound, ConfigError
-from holdfast.training.saving import settle
+from holdfast.errors import (
+    CheckpointError,
+    CheckpointIncomplete,
+    CheckpointNotFound,
+    ConfigError,
+    StorageError,
+)
+from holdfast.training.in_flight import settle
 from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -24,7 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Resolved:
-    """The checkpoint that a run goes on from, already read and verified."""
+    """The checkpoint that a run goes on from, already read and verified.
+
+    Its weights may lie in the file until it is released.
+    """
 
     path: str
     payload: dict[str, Any]
@@ -32,6 +42,28 @@ class Resolved:
     """The version directory of the run root that it lies in, where "auto" found it there."""
     skipped: list[str] = field(default_factory=list)
     """One sentence for each newer candidate that was passed over."""
+    loaded: Loaded | None = None
+
+    def check(self) -> None:
+        """Make sure, before weights are copied, that nobody has changed the file since it was verified.
+
+        Raises:
+            CheckpointCorrupt: somebody has.
+        """
+        if self.loaded is not None:
+            self.loaded.check()
+
+    def release(self) -> None:
+        """Let go of the payload and of the file: all of it is in place.
+
+        On return: nothing refers to the file; what a hook has kept of it owns its memory.
+
+        Raises:
+            CheckpointCorrupt: the file was changed while weights were copied out of it.
+        """
+        self.payload = {}
+        if self.loaded is not None:
+            self.loaded.release()
 
 
 def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_fit: bool) -> Resolved | None:
@@ -71,14 +103,26 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_f
         )
     else:
         path = os.fspath(ckpt_path)
-    return Resolved(path, upgrade(_read(trainer, path, for_fit), source=path))
+    return _read(trainer, path, for_fit)
 
 
-def _read(trainer: Trainer, path: str, for_fit: bool) -> Any:
+def _read(trainer: Trainer, path: str, for_fit: bool) -> Resolved:
     """Read a checkpoint: through the user's plugin or strategy where there is one."""
     strategy = trainer.strategy
     if strategy.own_checkpoint_io is None and not is_overridden("load_checkpoint", strategy):
-        return load(path, skip=() if for_fit or _is_shown(trainer) else ("optimizer_states",))
+        # The optimizers keep the tensors that they are given, and the run its own part until it is over.
+        loaded = load_mapped(
+            path,
+            skip=() if for_fit or _is_shown(trainer) else ("optimizer_states",),
+            own=("optimizer_states", "holdfast"),
+        )
+        loaded.payload = payload = upgrade(loaded.payload, source=path)
+        return Resolved(path, payload, loaded=loaded)
+    return Resolved(path, upgrade(_through_plugin(trainer, path), source=path))
+
+
+def _through_plugin(trainer: Trainer, path: str) -> Any:
+    strategy = trainer.strategy
     found = strategy.load_checkpoint(path)
     if not isinstance(found, dict):
         raise CheckpointIncomplete(
@@ -120,10 +164,8 @@ def _candidates(trainer: Trainer) -> list[catalog.Entry]:
     for directory in run_directories(trainer):
         if os.path.isdir(directory):
             entries += catalog.scan(directory, recursive=True, suffix=(catalog.SUFFIX, *own))
-    # One of these directories may lie inside of another.
-    entries = list({entry.path: entry for entry in entries}.values())
-    entries.sort(key=lambda entry: (entry.saved_at, entry.step or 0), reverse=True)
-    return entries
+    # One of these directories may lie inside of another; and a Checkpointer's files are no trainer's.
+    return choice.newest_first({entry.path: entry for entry in entries if entry.kind != "state"}.values())
 
 
 def _last(trainer: Trainer) -> str | None:
@@ -131,7 +173,8 @@ def _last(trainer: Trainer) -> str | None:
     if writes_own_format(trainer.strategy.own_checkpoint_io):
         # Only the plugin can tell what is in it.
         return next((entry.path for entry in candidates), None)
-    return next((entry.path for entry in candidates if entry.whole and entry.kind != "weights"), None)
+    newest = choice.last(candidates)
+    return None if newest is None else newest.path
 
 
 def _best(trainer: Trainer) -> str:
@@ -155,14 +198,11 @@ def _tidy_up(trainer: Trainer) -> None:
 def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
     if for_fit:
         _tidy_up(trainer)
-    candidates = [entry for entry in _candidates(trainer) if entry.kind != "weights" or not for_fit]
-    if not candidates:
+    ordered = choice.auto_order(_candidates(trainer), for_fit=for_fit)
+    if not ordered:
         rank_zero_info(f'ckpt_path="auto": no checkpoint in {_listed(trainer)} yet; starting from scratch')
         return None
     plugin_reads = writes_own_format(trainer.strategy.own_checkpoint_io)
-    # A file saved inside a hook goes on from somewhere near; an older one from a safe point goes on exactly.
-    ordered = [e for e in candidates if e.exact or e.foreign or not e.whole]
-    ordered += [e for e in candidates if e not in ordered]
     skipped: list[str] = []
     bad_inodes: set[tuple[int, int]] = set()
     put_off: list[catalog.Entry] = []
@@ -176,17 +216,18 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
             if (info.st_dev, info.st_ino) in bad_inodes:
                 skipped.append(f"{name}: the same file as one above")
                 continue
-            payload = upgrade(_read(trainer, entry.path, for_fit), source=entry.path)
-            if for_fit and plugin_reads and "optimizer_states" not in payload:
+            found = _read(trainer, entry.path, for_fit)
+            if for_fit and plugin_reads and "optimizer_states" not in found.payload:
                 continue  # weights only, which no listing could tell
-            if plugin_reads and entry not in put_off and _is_inexact(payload):
+            if plugin_reads and entry not in put_off and _is_inexact(found.payload):
                 put_off.append(entry)
                 ordered.append(entry)
                 continue
-            return Resolved(entry.path, payload, _version_of(trainer, entry.path), skipped)
+            found.version, found.skipped = _version_of(trainer, entry.path), skipped
+            return found
         except CheckpointNotFound:
             continue  # deleted between the listing and now
-        except CheckpointError as error:
+        except (CheckpointError, StorageError) as error:
             bad_inodes.add((info.st_dev, info.st_ino))
             skipped.append(f"{name}: {error}")
         except Exception as error:  # a plugin reads it, and may raise anything

@@ -23,36 +23,11 @@ from holdfast.utilities.seed import apart as apart
 from holdfast.utilities.seed import capture as capture
 from holdfast.utilities.seed import restore as restore
 from holdfast.utilities.seed import seed_generators as seed_generators
+from holdfast.utilities.seed import set_state_of as set_state_of
+from holdfast.utilities.seed import state_of as state_of
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-
-
-def state_of(generator: Any) -> Any:
-    """The state of a generator object of torch, NumPy or Python, as plain values; None for anything else."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(generator, numpy.random.Generator):
-        return generator.bit_generator.state
-    if numpy is not None and isinstance(generator, numpy.random.RandomState):
-        return generator.get_state(legacy=False)
-    return None
-
-
-def set_state_of(generator: Any, state: Any) -> None:
-    """Put a generator object back to what `state_of` gave for it."""
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state.cpu())
-    elif isinstance(generator, random.Random):
-        version, words, gauss = state
-        generator.setstate((version, tuple(words), gauss))
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
-    else:
-        generator.set_state(state)
 
 
 def derive(*parts: int | str) -> int:

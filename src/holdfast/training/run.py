@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from holdfast.callbacks.base import Callback
-from holdfast.checkpoint import origin
+from holdfast.checkpoint import catalog, origin
 from holdfast.errors import ArgumentError, ConfigError
 from holdfast.training import command, configuration, exactness, state
+from holdfast.training.checkpoint_stats import CheckpointStats
 from holdfast.training.configured import read_configuration
 from holdfast.training.continued_logs import continued
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.hooks import call, profiled
 from holdfast.training.hparams import HyperparametersMixin
+from holdfast.training.in_flight import settle
 from holdfast.training.loops import FitLoop
 from holdfast.training.model_changes import ModelChanges
 from holdfast.training.optimizer import LightningOptimizer
@@ -31,7 +33,6 @@ from holdfast.training.requirements import (
     say_half_a_validation,
 )
 from holdfast.training.resume import Resolved, resolve
-from holdfast.training.saving import settle
 from holdfast.training.sources import find_loader, find_train_loader, has_loader
 from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -97,6 +98,8 @@ def _guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
             trainer.model._results = None
         for callback in trainer.callbacks:
             callback._module = None
+        if fn is TrainerFn.FITTING:
+            trainer.engine.close()
 
 
 def _tell_of(trainer: Trainer, error: BaseException) -> None:
@@ -108,6 +111,8 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
         except Exception as problem:  # the error that ended the run is the one to raise
             rank_zero_warn(f"The run ended with {type(error).__name__}, and {what} failed: {problem}")
 
+    # Before anybody judges what is still to be saved.
+    tell("saving it", settle, trainer)
     for callback in trainer.callbacks:
         name = f"{type(callback).__name__}.on_exception"
         tell(name, callback.on_exception, trainer, trainer.lightning_module, error)
@@ -254,6 +259,7 @@ def fit(
     trainer.evaluation_loops.pop("validation", None)
     trainer.seed = torch.initial_seed()
     trainer.broke_off = False
+    trainer.checkpoint_stats = CheckpointStats()
     trainer.enable_validation = (
         bool(trainer.limit_val_batches)
         and is_overridden("validation_step", model)
@@ -263,6 +269,8 @@ def fit(
         say_half_a_validation(trainer, model, val)
     resolved = resolve(trainer, ckpt_path, for_fit=True)
     trainer.resumed_automatically = ckpt_path in ("auto", "last")
+    if resolved is not None:
+        trainer.engine.not_before_s = catalog.entry(resolved.path).saved_at
     _continue_in(trainer, resolved, ckpt_path)
     resumed = None if resolved is None else resolved.payload["holdfast"]
     if resumed is not None:
@@ -280,6 +288,7 @@ def fit(
     trainer.preemption.leave_untrained(trainer)
     source = "" if resolved is None else os.path.basename(resolved.path)
     if resolved is not None:
+        resolved.check()
         afresh = state.restore_model(trainer, resolved.payload, source)
     _make_optimizers(trainer, model)
     trainer.fit_loop.command = command.note(trainer)
@@ -293,6 +302,7 @@ def fit(
     if resolved is not None:
         # All of it is in place now, and optimizer state need not be in memory twice.
         resolved.payload.clear()
+        resolved.release()
     _train(trainer, resumed)
     trainer.engine.wait()
     settle(trainer)
@@ -393,7 +403,9 @@ def evaluate(
     trainer.ckpt_path = None if resolved is None else _as_given(resolved, ckpt_path)
     _setup(trainer, fn)
     if resolved is not None:
+        resolved.check()
         state.restore_model(trainer, resolved.payload, os.path.basename(resolved.path))
+        resolved.release()
         path = resolved.path
         rank_zero_info(f"weights from {origin.title(path) if origin.is_url(path) else os.path.relpath(path)}")
     _open_loggers(trainer)

@@ -4,46 +4,71 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.checkpoint import payload as payloads
+from holdfast.checkpoint import reserved
 from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpointIO, writes_own_format
 from holdfast.checkpoint.engine import plain_summary
-from holdfast.checkpoint.report import SaveReport
-from holdfast.training import state
+from holdfast.checkpoint.report import SaveReport, tell_omissions
+from holdfast.errors import StorageError
+from holdfast.training import late, state
 from holdfast.training.hooks import profile
+from holdfast.training.in_flight import (
+    ON_ERROR,
+    RETRIES,
+    SETTLE,
+    InFlight,
+    failed,
+    roll_back,
+    settle,
+    tell_committed,
+)
+from holdfast.training.progress import END
 from holdfast.utilities.model_helpers import is_overridden
-from holdfast.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
 
 
-class Saved(NamedTuple):
-    """A save that is written, or about to be, and whom to tell once it is durable."""
-
-    callback: Checkpoint
-    plan: SavePlan
-    report: SaveReport
-    batches: int | None
-    """How many batches are trained in it; None where a run cannot go on from it exactly."""
-
-
 def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
-    """Save what callbacks have asked for.
+    """Save what callbacks have asked for, and tell them of saves that have ended in the background.
 
     All plans are made before anything is written, so that each file holds the state of every callback as it
-    is after all of these saves; plans with the same content share one file under several names. Where a
-    plugin writes in the background, callbacks are told of a save when `settle` finds it done.
+    is after all of these saves; plans with the same content share one file under several names. Callbacks are
+    told of a save that goes on in the background when `settle` finds it done, here or at a later safe point.
 
     Raises:
         StorageError: the disk refused. What was not committed is rolled back; older files are untouched.
     """
-    requests, trainer.save_requests = trainer.save_requests, []
+    requests = _taken(trainer)
+    try:
+        # Plans are made from what is on disk, so nothing may be under way then.
+        settle(trainer, wait=bool(requests))
+    except StorageError:
+        if not writes_itself(trainer):
+            # What is due now is saved all the same: it may be all that there is of the time since.
+            with suppress(StorageError):  # the first one is raised, and likely of the same disk
+                _carry_out(trainer, [*requests, *_taken(trainer)], exact=exact, background=False)
+        raise
+    # At the very end nothing follows that a save could go on beside.
+    ends = trainer.progress.stage == END and trainer.fit_loop is not None and trainer.fit_loop.finished
+    _carry_out(trainer, [*requests, *_taken(trainer)], exact=exact, background=not ends)
+
+
+def _taken(trainer: Trainer) -> list[Checkpoint]:
+    """Take the requests out of the list, to which signals' handlers and other threads may add meanwhile."""
+    found = []
+    while trainer.save_requests:
+        found.append(trainer.save_requests.pop(0))
+    return [one for one in found if one is not SETTLE]
+
+
+def _carry_out(trainer: Trainer, requests: list[Checkpoint], *, exact: bool, background: bool) -> None:
     # Last, so that its name is given behind those of the others: a kill between the two costs none of theirs.
-    requests.sort(key=lambda callback: callback is trainer.preemption)
-    settle(trainer)
+    requests = sorted(dict.fromkeys(requests), key=lambda callback: callback is trainer.preemption)
     open_plans: list[tuple[Checkpoint, SavePlan]] = []
     try:
         for callback in requests:
@@ -52,107 +77,186 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
                 open_plans.append((callback, plan))
         # Full checkpoints last: what they say of the others is true then, whenever a kill comes.
         for weights_only in (True, False):
-            group = [(callback, plan) for callback, plan in open_plans if plan.weights_only is weights_only]
+            group = [one for one in open_plans if one[1].weights_only is weights_only]
+            others = [one for one in open_plans if one[1].weights_only is not weights_only]
             if not group:
                 continue
-            names = list(dict.fromkeys(name for _, plan in group for name in plan.names))
-            extra: dict[str, Any] = {}
-            for _, plan in group:
-                extra.update(plan.summary_extra)
             settle(trainer)
-            # What one callback deletes must not be what another one's symlink points to.
-            report = save(
-                trainer, names, weights_only=weights_only, exact=exact, extra=extra, symlinks=len(group) == 1
-            )
-            open_plans = [one for one in open_plans if one[1].weights_only is not weights_only]
             batches = trainer.progress.total_batches if exact and not weights_only else None
-            saved = [Saved(callback, plan, report, batches) for callback, plan in group]
-            if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
-                trainer.saves_in_flight += saved
-            else:
-                _tell_committed(trainer, saved)
+            save = InFlight(group, batches, max((plan.on_error for _, plan in group), key=ON_ERROR.index))
+            # One save at a time: what another one waits for is no faster in the background.
+            _save_group(trainer, save, exact=exact, background=background and not others)
+            open_plans = others
+            if save.pending is not None:
+                tell_omissions(save.pending.omissions)
+            elif save.report is not None and save not in trainer.saves_in_flight:
+                tell_committed(trainer, save)
     finally:
-        for callback, plan in open_plans:
-            callback.rolled_back(trainer, plan)
+        roll_back(trainer, open_plans)
 
 
-def settle(trainer: Trainer) -> None:
-    """Wait for what a plugin still writes in the background, and tell the callbacks whose saves these are.
+def _save_group(trainer: Trainer, save: InFlight, *, exact: bool, background: bool) -> None:
+    """Save for callbacks whose files have the same content: in the background if all of them would have it.
+
+    If it is durable on return, its report is there; else it is in flight, or has failed and that was said.
+    """
+    plans = [plan for _, plan in save.group]
+    weights_only = plans[0].weights_only
+    names = list(dict.fromkeys(name for plan in plans for name in plan.names))
+    extra: dict[str, Any] = {}
+    for plan in plans:
+        extra.update(plan.summary_extra)
+    attempts = RETRIES if save.on_error == "retry" else 1
+    # What one callback deletes must not be what another one's symlink points to.
+    symlinks = len(plans) == 1
+    aside = trainer.checkpoint_stats.aside(trainer.progress, trainer.saves_in_flight)
+    with aside, profile(trainer, "save_checkpoint"):
+        contents = _contents(trainer, weights_only=weights_only, exact=exact, extra=extra)
+        try:
+            if background and all(plan.background for plan in plans) and not writes_itself(trainer):
+                _begin(trainer, save, contents, names, symlinks, attempts)
+                return
+            report = _write(trainer, contents, names, symlinks=symlinks, attempts=attempts)
+        except StorageError as error:
+            failed(trainer, save, error)
+            roll_back(trainer, save.group)
+            return
+    save.report = report
+    if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
+        trainer.saves_in_flight.append(save)
+
+
+def _begin(
+    trainer: Trainer,
+    save: InFlight,
+    contents: tuple[dict[str, Any], dict[str, Any]],
+    names: list[str],
+    symlinks: bool,
+    attempts: int,
+) -> None:
+    payload, summary = contents
+
+    def ended(_: object) -> None:
+        # Called by another thread: the loop looks at the requests anyway, so that a step pays nothing for it.
+        reserved.give_up(names)
+        trainer.save_requests.append(SETTLE)
+
+    save.pending = trainer.engine.save_in_background(
+        payload,
+        names[0],
+        names=names[1:],
+        symlinks=symlinks,
+        summary=summary,
+        late=late.tensors(trainer),
+        attempts=attempts,
+        on_end=ended,
+    )
+    trainer.saves_in_flight.append(save)
+
+
+def end_of_fit(trainer: Trainer) -> None:
+    """Have nothing in flight where training ends, and save what a snapshot that was thrown away held.
 
     Raises:
-        Exception: the one that ended the save; its callbacks forget it, and what they had stays.
+        Exception: the one that ended the last save.
     """
-    checkpoint_io = trainer.strategy.own_checkpoint_io
-    if not isinstance(checkpoint_io, AsyncCheckpointIO):
-        return
-    in_flight, trainer.saves_in_flight = trainer.saves_in_flight, []
-    try:
-        checkpoint_io.wait()
-    except BaseException:
-        for one in in_flight:
-            one.callback.rolled_back(trainer, one.plan)
-        raise
-    _tell_committed(trainer, in_flight)
+    settle(trainer)
+    if trainer.save_requests:
+        trainer.safe_point()
 
 
-def _tell_committed(trainer: Trainer, saved: list[Saved]) -> None:
-    """Tell every callback of its durable save, then raise the first error: one's failure is not another's."""
-    errors: list[BaseException] = []
-    for one in saved:
-        try:
-            one.callback.committed(trainer, one.plan, one.report)
-        except BaseException as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
-    for one in saved:
-        if one.batches is not None:
-            trainer.preemption.files.give_way(trainer, one.report, one.batches)
-
-
-def save(
+def save_now(
     trainer: Trainer,
-    names: list[str],
+    filepath: str | os.PathLike[str],
     *,
     weights_only: bool,
     exact: bool,
-    extra: dict[str, Any],
-    symlinks: bool = True,
-    storage_options: Any = None,
-) -> SaveReport:
-    """Write the run as it is under all of ``names``; warn once of each thing that cannot be stored.
+    storage_options: Any,
+) -> None:
+    """Save the run as it is now, for `Trainer.save_checkpoint`; durable on return.
+
+    Raises:
+        StorageError: the disk refused this save, or the one before it, which was in the background.
+    """
+    path = os.path.abspath(os.fspath(filepath))
+
+    def write() -> None:
+        with trainer.checkpoint_stats.aside(trainer.progress, trainer.saves_in_flight):
+            with profile(trainer, "save_checkpoint"):
+                contents = _contents(trainer, weights_only=weights_only, exact=exact, extra={})
+                _write(trainer, contents, [path], storage_options=storage_options)
+
+    try:
+        settle(trainer)
+    except Exception:
+        write()
+        raise
+    write()
+    settle(trainer)
+
+
+def _contents(
+    trainer: Trainer, *, weights_only: bool, exact: bool, extra: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run as it is, and the file's summary.
 
     Args:
         trainer: Whose run.
-        names: The file, and further names of the same content.
         weights_only: Leave out what only resuming needs.
         exact: The run stands at a safe point.
-        extra: Plain values for the file's summary.
+        extra: Plain values for the summary.
+    """
+    payload = state.capture(trainer, weights_only=weights_only, exact=exact)
+    summary = {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
+        "exact": exact and not weights_only,
+        "kind": "weights" if weights_only else "full",
+        "saved_at": trainer.engine.date(),
+        **extra,
+    }
+    return payload, summary
+
+
+def _write(
+    trainer: Trainer,
+    contents: tuple[dict[str, Any], dict[str, Any]],
+    names: list[str],
+    *,
+    symlinks: bool = True,
+    storage_options: Any = None,
+    attempts: int = 1,
+) -> SaveReport:
+    """Write a file under all of ``names``; warn once of each thing that cannot be stored.
+
+    Args:
+        trainer: Whose run.
+        contents: The payload and the summary.
+        names: The file, and further names of the same content.
         symlinks: Whether a further name may be a symlink.
         storage_options: For a checkpoint plugin.
+        attempts: How often to write it, each time anew, before the save has failed.
 
     Raises:
         ConfigError: storage options, and no plugin that takes them.
         StorageError: the disk refused.
     """
-    with profile(trainer, "save_checkpoint"):
-        payload = state.capture(trainer, weights_only=weights_only, exact=exact)
-        summary = {
-            "step": trainer.global_step,
-            "epoch": trainer.current_epoch,
-            "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
-            "exact": exact and not weights_only,
-            "kind": "weights" if weights_only else "full",
-            **extra,
-        }
-        if writes_itself(trainer):
-            return _save_by_plugin(trainer, payload, names, summary, storage_options)
-        if storage_options is not None:
-            # Says that the engine takes none, and what does.
-            TorchCheckpointIO().save_checkpoint(payload, names[0], storage_options=storage_options)
-        report = trainer.engine.save(payload, names[0], names=names[1:], symlinks=symlinks, summary=summary)
-        _tell_omissions(report.omissions)
+    payload, summary = contents
+    if writes_itself(trainer):
+        report = _save_by_plugin(trainer, payload, names, summary, storage_options)
+        tell_omissions(report.omissions)
+        trainer.checkpoint_stats.add(report)
         return report
+    if storage_options is not None:
+        # Says that the engine takes none, and what does.
+        TorchCheckpointIO().save_checkpoint(payload, names[0], storage_options=storage_options)
+    report = trainer.engine.save(
+        payload, names[0], names=names[1:], symlinks=symlinks, summary=summary, attempts=attempts
+    )
+    tell_omissions(report.omissions)
+    trainer.checkpoint_stats.add(report)
+    return report
 
 
 def writes_itself(trainer: Trainer) -> bool:
@@ -173,7 +277,6 @@ def _save_by_plugin(
         encoded = payloads.encode(payload)
         payload, omissions = encoded.tree, encoded.omissions
         payload["holdfast"]["types"] = encoded.types
-        _tell_omissions(omissions)
     payload["holdfast"]["summary"] = plain_summary(summary)
     for name in names:
         trainer.strategy.save_checkpoint(payload, name, storage_options=storage_options)
@@ -181,8 +284,3 @@ def _save_by_plugin(
     size = os.path.getsize(names[0]) if os.path.isfile(names[0]) else 0
     links = ("copy",) * (len(names) - 1)
     return SaveReport(names[0], tuple(names[1:]), size, spent, spent, omissions, links)
-
-
-def _tell_omissions(omissions: list[tuple[str, str]]) -> None:
-    for where, reason in omissions:
-        warn_once(("omitted", where), f"{where} is not in the checkpoint: {reason}")

@@ -10,6 +10,7 @@ from holdfast.callbacks.base import SavePlan
 from holdfast.callbacks.kept_checkpoints import default_directory
 from holdfast.checkpoint import catalog
 from holdfast.checkpoint.report import SaveReport
+from holdfast.checkpoint.reserved import reserving
 from holdfast.training.resume import run_directories
 from holdfast.utilities.rank_zero import rank_zero_info
 
@@ -102,7 +103,7 @@ class StoppedFiles:
             at = self._earlier.get(path, lineage.stopped_at(path, self.run))
             return at is not None and at <= now and not lineage.is_same_file(path, _protected(trainer))
 
-        name = trainer.strategy.broadcast(naming.first_usable(name_of, usable, 1))
+        name = trainer.strategy.broadcast(naming.first_usable(name_of, reserving(usable), 1))
         return SavePlan(names=(name,), summary_extra=lineage.stopped_extra(self.run, name, now))
 
     def saved(self, trainer: Trainer, plan: SavePlan) -> None:

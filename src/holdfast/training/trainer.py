@@ -17,8 +17,10 @@ from holdfast.errors import ConfigError
 from holdfast.profilers.choose import choose_profiler
 from holdfast.strategies.choose import choose_strategy
 from holdfast.training import configuration, run
+from holdfast.training.checkpoint_stats import CheckpointStats
 from holdfast.training.datamodule import LightningDataModule
 from holdfast.training.evaluation import EvaluationLoop
+from holdfast.training.in_flight import InFlight
 from holdfast.training.loops import FitLoop
 from holdfast.training.metrics import MetricStore
 from holdfast.training.module import LightningModule
@@ -30,7 +32,7 @@ from holdfast.training.progress import Progress, TrainerFn, TrainerState, Traine
 from holdfast.training.requirements import as_module
 from holdfast.training.results import Results
 from holdfast.training.run_view import RunView
-from holdfast.training.saving import Saved, carry_out_requests, save, settle
+from holdfast.training.saving import carry_out_requests, save_now
 from holdfast.training.spellings import takes_old_spellings
 from holdfast.training.validation_schedule import check_interval
 from holdfast.utilities.rank_zero import warn_once
@@ -243,8 +245,10 @@ class Trainer(RunView):
         self.continued_loggers: list[Any] = []
         """The loggers that write on in the logs of the run that the fit goes on from."""
         self.save_requests: list[Checkpoint] = []
-        self.saves_in_flight: list[Saved] = []
-        """Saves that a background plugin may still be writing."""
+        self.saves_in_flight: list[InFlight] = []
+        """Saves that go on in the background, and the callbacks that have yet to be told of their end."""
+        self.checkpoint_stats = CheckpointStats()
+        """What the saves of the current or last fit cost."""
         self.training_modes: dict[Any, bool] | None = None
         """While an evaluation runs: each module's mode outside of it."""
         self.broke_off = False
@@ -376,16 +380,8 @@ class Trainer(RunView):
                 "trainer.save_checkpoint(path): there is no model yet. Call fit, validate or test first."
             )
         inside = self.state.status is TrainerStatus.RUNNING or self.broke_off or self.progress.cut_short
-        path = os.path.abspath(os.fspath(filepath))
-        save(
-            self,
-            [path],
-            weights_only=bool(weights_only),
-            exact=not inside,
-            extra={},
-            storage_options=storage_options,
-        )
-        settle(self)
+        only = bool(weights_only)
+        save_now(self, filepath, weights_only=only, exact=not inside, storage_options=storage_options)
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:

@@ -56,6 +56,52 @@ def restore(state: dict[str, Any]) -> list[str]:
     return problems
 
 
+def in_the_place_of(old: Any, new: Any) -> Any:
+    """The new states, in the memory of the old ones where these are alike.
+
+    Both are what `capture` or `state_of` gave, so nobody else has that memory. Saving is faster for it: what
+    lies where it lay at the save before needs no new plan.
+    """
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: in_the_place_of(old.get(key), value) for key, value in new.items()}
+    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
+        return [in_the_place_of(*pair) for pair in zip(old, new, strict=True)]
+    alike = type(old) is type(new) and hasattr(new, "dtype") and hasattr(new, "shape")
+    if not alike or old.dtype != new.dtype or old.shape != new.shape or not new.shape:
+        return new
+    if isinstance(new, torch.Tensor) and old.device != new.device:
+        return new
+    old[...] = new
+    return old
+
+
+def state_of(generator: Any) -> Any:
+    """The state of a generator object of torch, NumPy or Python, as plain values; None for anything else."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    if numpy is not None and isinstance(generator, numpy.random.RandomState):
+        return generator.get_state(legacy=False)
+    return None
+
+
+def set_state_of(generator: Any, state: Any) -> None:
+    """Put a generator object back to what `state_of` gave for it."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state.cpu())
+    elif isinstance(generator, random.Random):
+        version, words, gauss = state
+        generator.setstate((version, tuple(words), gauss))
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
 @contextlib.contextmanager
 def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
     """Run a block that may draw and seed as it likes; behind it the generators are as they were before.
