@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.checkpoint import catalog
+from holdfast.checkpoint import catalog, commit
 from holdfast.checkpoint.engine import SnapshotChanged
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.retention import KeepBest, KeepLast
+from holdfast.checkpoint.single import load_tensor
 from holdfast.checkpointer import Checkpointer
 from holdfast.errors import (
     CheckpointCorrupt,
@@ -526,3 +527,43 @@ def test_used_again_after_it_was_closed(tmp_path: Path) -> None:
         checkpointer.save(step, loop.state)
         checkpointer.close()
     assert names(tmp_path) == ["step=00000002.ckpt"]
+
+
+def test_a_disk_without_room_is_told_before_the_first_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "free_bytes", lambda path: 1000)
+    model = nn.Linear(50, 50)
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    with pytest.warns(UserWarning, match="A checkpoint of this state needs") as told:
+        assert Checkpointer(tmp_path).restore(state) is None
+    assert [str(one.message) for one in told] == [
+        f"A checkpoint of this state needs about 30,600 bytes, and 1,000 are free in {tmp_path}: the first save "
+        "will fail. Make room, or choose another directory."
+    ]
+
+
+def test_a_forced_save_is_copied_before_the_call_returns(tmp_path: Path) -> None:
+    """Behind the last save of a run weights may be changed by hand: an average put in their place, say."""
+    model = nn.Linear(500, 500)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    with Checkpointer(tmp_path, keep=None) as checkpointer:
+        checkpointer.restore(state)
+        for step in range(1, 6):
+            model(torch.ones(500)).sum().backward()
+            optimizer.step()
+            checkpointer.save(step, state, force=step == 5)
+        then = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.mul_(0)
+    assert checkpointer.newest is not None
+    assert torch.equal(load_tensor(checkpointer.newest.path, "model/weight"), then)
+
+
+def test_what_saving_cost_reads_well(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": torch.zeros(3)})
+    lines = str(checkpointer.stats).splitlines()
+    assert [line.split()[0] for line in lines] == ["saves", "the", "files"]
+    assert lines[2] == "files     deleted 0"

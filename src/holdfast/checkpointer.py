@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from holdfast.callbacks.save_line import format_number, format_size
-from holdfast.checkpoint import catalog, ownership, retention, stateful
+from holdfast.checkpoint import catalog, commit, ownership, retention, stateful
 from holdfast.checkpoint.catalog import Entry
 from holdfast.checkpoint.engine import CheckpointEngine, PendingSave, SnapshotChanged
 from holdfast.checkpoint.load import load_mapped
@@ -131,11 +131,14 @@ class Checkpointer:
             step: How many steps the whole run has made; it never goes back.
             state: The live objects.
             metrics: Numbers by which checkpoints are compared.
-            force: Save whether it is due or not.
+            force: Save whether it is due or not, and copy all of it before the call returns: for the last
+                save of a run, behind which weights may be changed by other means than a step.
 
         Blocks: until the save before it has ended, and for the snapshot; with ``background=False`` until the
             file is durable.
-        On return: the state may be changed; nothing that happens to it now is in the file.
+        On return: the state may be changed; nothing that happens to it now is in the file. What optimizers
+            train may still be being copied, which their next step waits for; if anything else changes it
+            meanwhile, that is noticed, and the save is made again at the next call.
 
         Returns:
             The path that the checkpoint has when it is durable; None if nothing was due.
@@ -180,7 +183,7 @@ class Checkpointer:
         self._flight = _Flight(path)
         try:
             if self.background:
-                self._start(self._flight, payload, summary, stateful.late_tensors(state))
+                self._start(self._flight, payload, summary, [] if force else stateful.late_tensors(state))
             else:
                 self._write(self._flight, payload, summary)
         except BaseException:
@@ -355,9 +358,19 @@ class Checkpointer:
         others = f" (of a Checkpointer; it has {len(contents.others)} others)" if contents.others else ""
         rank_zero_info(f"{self.directory} has no checkpoint{others} yet: starting from scratch")
         self._files.start_fresh()
-        if self.background:
-            self._engine.prepare(stateful.expected_bytes(state))
+        self._prepare(stateful.expected_bytes(state))
         return None
+
+    def _prepare(self, size_bytes: int) -> None:
+        """Warn where the next checkpoint will not fit, and make memory ready for snapshots."""
+        free = commit.free_bytes(os.path.join(self.directory, "step"))
+        if free < size_bytes:
+            rank_zero_warn(
+                f"A checkpoint of this state needs about {size_bytes:,} bytes, and {free:,} are free in "
+                f"{self.directory}: the first save will fail. Make room, or choose another directory."
+            )
+        if self.background:
+            self._engine.prepare(size_bytes)
 
     def _go_on_from(
         self, state: dict[str, Any], path: str, loaded: Loaded, contents: Contents, *, explicit: bool
@@ -374,8 +387,7 @@ class Checkpointer:
             loaded.release()
         self._files.go_on_from(path, contents, explicit=explicit)
         self._seen, self._due = step, (step // self.every + 1) * self.every
-        if self.background:
-            self._engine.prepare(size)
+        self._prepare(size)
         if missing:
             rank_zero_warn(f"Not restored from {name}, and as it was before: {', '.join(missing)}.")
         rank_zero_info(f"restored {name}: step {step}, {keys}")

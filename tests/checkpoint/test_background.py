@@ -232,6 +232,28 @@ class TestErrors:
         finally:
             signal.signal(signal.SIGINT, before)
 
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_an_interrupt_while_the_thread_begins_loses_nothing(
+        self, begun: bool, engine: CheckpointEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begin = threading.Thread.start
+
+        def interrupted(thread: threading.Thread) -> None:
+            if thread.name != "holdfast-save" or begun:
+                begin(thread)
+            if thread.name == "holdfast-save":
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(threading.Thread, "start", interrupted)
+            engine.save_in_background(state(1), tmp_path / "1.ckpt")
+        # Else this would never return.
+        assert engine._pending is not None and engine._pending._told.wait(20)
+        engine.wait()
+        assert holds(tmp_path / "1.ckpt", state(1))
+        engine.save_in_background(state(2), tmp_path / "1.ckpt").wait()
+        assert holds(tmp_path / "1.ckpt", state(2))
+
     @staticmethod
     def interrupt(
         disk: Disk, engine: CheckpointEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

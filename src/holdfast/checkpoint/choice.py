@@ -31,15 +31,16 @@ def auto_order(entries: Iterable[Entry], *, for_fit: bool = True) -> list[Entry]
     """The order in which ``ckpt_path="auto"`` tries checkpoints, those that are not whole included.
 
     A file that was saved inside a hook goes on from somewhere near, an older one from a safe point goes on
-    exactly: so the inexact ones come last. What is not whole, or turns out to be damaged, is passed over. A
-    `Checkpointer`'s files are no trainer's.
+    exactly: so the inexact ones come last. What is not whole, or turns out to be damaged, is passed over.
+    What a `Checkpointer` or `holdfast.save` wrote without a ``state_dict`` is no trainer's.
 
     Args:
         entries: what lies in the directories of a run.
         for_fit: a run shall go on from it; then files that hold weights alone are left out.
     """
-    left_out = ("state", "weights") if for_fit else ("state",)
-    candidates = newest_first(entry for entry in entries if entry.kind not in left_out)
+    candidates = newest_first(
+        entry for entry in entries if _is_a_trainers(entry) and (entry.kind != "weights" or not for_fit)
+    )
     first = [entry for entry in candidates if entry.exact or entry.foreign or not entry.whole]
     chosen = {id(entry) for entry in first}
     ordered = first + [entry for entry in candidates if id(entry) not in chosen]
@@ -70,7 +71,13 @@ def restore(entries: Iterable[Entry]) -> Entry | None:
 
 def last(entries: Iterable[Entry]) -> Entry | None:
     """The newest that is whole and holds more than weights: for a trainer, ``ckpt_path="last"``."""
-    return next((entry for entry in newest_first(entries) if entry.whole and entry.kind != "weights"), None)
+    candidates = (entry for entry in newest_first(entries) if _is_a_trainers(entry))
+    return next((entry for entry in candidates if entry.whole and entry.kind != "weights"), None)
+
+
+def _is_a_trainers(entry: Entry) -> bool:
+    """Whether a trainer could go on from it, as far as its tail tells."""
+    return entry.kind != "state" and (not entry.contents or "state_dict" in entry.contents)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def check_room(replacement: Replacement) -> None:
         StorageError: as for a disk that fills; nothing was written.
     """
     try:
-        free = _free_bytes(replacement.path)
+        free = free_bytes(replacement.path)
     except OSError:
         return
     if replacement.needed_bytes is not None and free < replacement.needed_bytes:
@@ -388,7 +388,7 @@ def storage_error(
     if error.errno == errno.ENOSPC:
         known = replacement is not None and replacement.needed_bytes is not None
         needed = f"{replacement.needed_bytes:,} bytes are needed, " if replacement and known else ""
-        free = f"{_free_bytes(path):,} bytes are free"
+        free = f"{free_bytes(path):,} bytes are free"
         advice = f"{needed}{free}: make room, or save somewhere else."
         if replacement is None and _lacks_entries(path):
             advice = (
@@ -412,7 +412,8 @@ def _exists(path: str) -> bool:
         return False
 
 
-def _free_bytes(path: str) -> int:
+def free_bytes(path: str) -> int:
+    """How much this user may still write to the file system of a path, whose directory need not be there."""
     usage = _usage(path)
     # Root may use what the file system keeps back.
     return (usage.f_bfree if os.geteuid() == 0 else usage.f_bavail) * usage.f_frsize

@@ -31,6 +31,15 @@ class SavingStats:
     deleted: int = 0
     last: SaveReport | None = None
 
+    def __str__(self) -> str:
+        """Three lines for a person."""
+        speed = self.size_bytes / self.write_s / 1e9 if self.write_s > 0 else 0.0
+        return (
+            f"saves     {self.saves}, {self.failed} failed, {self.size_bytes:,} bytes, {speed:.3g} GB/s\n"
+            f"the loop  blocked {self.blocked_s:.3f} s, before a step {self.waited_s:.3f} s\n"
+            f"files     deleted {self.deleted}"
+        )
+
     def with_durable(self, report: SaveReport, deleted: int) -> SavingStats:
         """The same after a save that is durable."""
         return replace(

@@ -196,7 +196,7 @@ def late_tensors(state: dict[str, Any]) -> list[Tensor]:
                 for part in leaf.value.modules()
                 if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None
             }
-        elif leaf.kind == OPTIMIZER and not _steps_otherwise(leaf.value):
+        elif leaf.kind == OPTIMIZER and not steps_otherwise(leaf.value):
             for group in leaf.value.param_groups:
                 for parameter in group["params"]:
                     if parameter.requires_grad:
@@ -206,7 +206,8 @@ def late_tensors(state: dict[str, Any]) -> list[Tensor]:
     return [tensor for key, tensor in found.items() if key not in rescaled]
 
 
-def _steps_otherwise(optimizer: Any) -> bool:
+def steps_otherwise(optimizer: Any) -> bool:
+    """Whether an optimizer may change weights where no hook of a step is called."""
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has an eval() of its own
     return callable(getattr(inner, "eval", None)) or any(
         group.get("capturable") for group in inner.param_groups

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from holdfast.callbacks.lambda_function import LambdaCallback
+from holdfast.checkpoint import stateful
 from holdfast.training.progress import END
 from holdfast.utilities.model_helpers import is_overridden
 
@@ -26,7 +27,7 @@ def tensors(trainer: Trainer) -> list[Tensor]:
     Everything else may change in a forward pass or in a hook: buffers, gradients, frozen weights and
     averages of weights. That these do not is assumed here and checked by the engine, which says what it found
     changed. Known to break it, and left out: embeddings with ``max_norm``, which forward rescales, and
-    optimizers with a mode for evaluation, which exchange the weights outside of their steps. Nothing is late
+    optimizers that change weights outside of their steps (`stateful.steps_otherwise`). Nothing is late
     if somebody's own hook comes before backward, or begins the next epoch where one has just ended: it may
     change a few weights now and then, which the engine does not find out by comparing the first snapshots.
     """
@@ -42,7 +43,7 @@ def tensors(trainer: Trainer) -> list[Tensor]:
     }
     found: dict[int, Tensor] = {}
     for optimizer in trainer.optimizers:
-        if not callable(getattr(optimizer, "eval", None)):
+        if not stateful.steps_otherwise(optimizer):
             found.update((id(one), one) for one in _of(optimizer) if id(one) not in rescaled)
     return list(found.values())
 
