@@ -37,7 +37,7 @@ help:
 	@echo 'make bench    steps, imports, saving and loading beside their peers: three quarters of an hour'
 	@echo 'make clean    remove the environment and caches; runs/ stays'
 	@echo
-	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS SEED MINUTES'
+	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS SEED MINUTES FUZZ'
 
 demo: $(VENV)/.installed-examples
 	@$(BIN)/python examples/demo.py $(ARGS)

@@ -40,6 +40,17 @@ FAILED: list[dict[str, Any]] = [
         "saves": ["max_topk", "epoch2", "step2"],
         "stops": 2,
     },
+    # A run that ended for lack of time had saved `last`, which the files of the whole run learn of later.
+    {
+        "val": "one",
+        "val_interval": 0.5,
+        "accumulate": 2,
+        "timer": True,
+        "saves": ["step3_last", "epoch2"],
+        "max_time": "00:09:00:00",
+        "kinds": ["time", "error", "error"],
+        "places": [0.01, 0.5, 0.5],
+    },
     # The workers of a loader that was given again had been ended with the loader before it.
     {"data": "torchdata iterable", "workers": 1, "persistent": True, "reload": 1},
     {"data": "torchdata", "workers": 2, "persistent": True, "reload": 1, "shuffle": True, "epochs": 3},

@@ -29,7 +29,8 @@ OF_WORKERS = frozenset({"workers", "drawn", "ended", "fetcher_ended"})
 # In the middle of an epoch: with what says how much was drawn, it comes back to the same row, however far workers were ahead.
 OWN_GENERATORS = "the loader's own generators"
 # What the run that was stopped had less of, and what followed from it: its epoch was cut short and saved.
-OF_TIME = frozenset({"limits", "should_stop", "evict"})
+# Where nothing was due by then, `last` was saved at its end: files of later lives know of it sooner.
+OF_TIME = frozenset({"limits", "should_stop", "evict", "last_model_path"})
 
 
 def read(plan: Plan, path: Path) -> dict[str, Any]:

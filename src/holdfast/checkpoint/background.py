@@ -29,11 +29,20 @@ class Waiting(Protocol):
 
 def start(pending: PendingSave, work: Callable[[], SaveReport]) -> None:
     """As `carry_out`, in a thread that the interpreter waits for at its end."""
-    thread = threading.Thread(target=carry_out, args=(pending, work), name="holdfast-save", daemon=False)
+    once = threading.Lock()
+
+    def run(pending: PendingSave, work: Callable[[], SaveReport]) -> None:
+        if once.acquire(blocking=False):
+            carry_out(pending, work)
+
+    thread = threading.Thread(target=run, args=(pending, work), name="holdfast-save", daemon=False)
     try:
         thread.start()
     except RuntimeError:  # no more threads, or the interpreter is about to end: then here and now
-        carry_out(pending, work)
+        run(pending, work)
+    except BaseException:  # interrupted: nobody knows whether there is a thread, and somebody may wait for it
+        run(pending, work)
+        raise
 
 
 def carry_out(pending: PendingSave, work: Callable[[], SaveReport]) -> None:
