@@ -13,7 +13,6 @@ from torch import Tensor
 
 from holdfast.checkpoint import background, payload, pickling
 from holdfast.checkpoint.arena import Arena
-from holdfast.checkpoint.collector import uncollected
 from holdfast.checkpoint.layout import Layout
 from holdfast.checkpoint.pending import PendingSave as PendingSave
 from holdfast.checkpoint.plain_summary import plain_summary as plain_summary
@@ -24,6 +23,7 @@ from holdfast.checkpoint.tensors import Plan
 from holdfast.checkpoint.trust import SnapshotChanged as SnapshotChanged
 from holdfast.checkpoint.trust import Trust
 from holdfast.checkpoint.writing import Content
+from holdfast.utilities.collector import uncollected
 from holdfast.utilities.rank_zero import warn_once
 
 _KNOWN_PLANS = 2  # full checkpoints and those of weights alone often take turns

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from holdfast.checkpoint import commit, container, foreign, integrity, origin, payload, pickling
-from holdfast.checkpoint.collector import uncollected
 from holdfast.checkpoint.integrity import Damage, Job, Manifest, Placed
 from holdfast.checkpoint.mapped import Loaded, MappedFile, can_map
 from holdfast.checkpoint.origin import Source
@@ -19,6 +18,7 @@ from holdfast.checkpoint.pickle_scan import printable
 from holdfast.checkpoint.reachable import leads_to_meta, reachable
 from holdfast.checkpoint.tensors import Mover, memory, mover, new_storage
 from holdfast.errors import CheckpointError, CheckpointUnsafe, HoldfastError
+from holdfast.utilities.collector import uncollected
 
 _SMALL_BYTES = 64 << 10  # a record up to this is read rather than mapped,
 _SMALL_IN_ALL_BYTES = 32 << 20  # until they are so many

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint import commit, container, foreign, integrity, origin, pickle_scan, pickling
-from holdfast.checkpoint.collector import uncollected
 from holdfast.checkpoint.foreign_archive import Archive
 from holdfast.checkpoint.integrity import Damage, Job
 from holdfast.checkpoint.load import load, read_pickle, unsafe
@@ -19,6 +18,7 @@ from holdfast.checkpoint.own_file import corrupt, own_tail
 from holdfast.checkpoint.pickling import Call, SafeUnpickler
 from holdfast.checkpoint.tensors import Mover, memory, mover, new_storage
 from holdfast.errors import CheckpointIncompatible, CheckpointUnsafe, HoldfastError
+from holdfast.utilities.collector import uncollected
 
 _NOTHING = object()
 _MOST_NAMED = 3

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from holdfast.checkpoint import commit, container, integrity, origin
 from holdfast.checkpoint.checksum import crc32
-from holdfast.checkpoint.collector import uncollected
 from holdfast.checkpoint.foreign_archive import Archive
 from holdfast.checkpoint.integrity import Damage, Job
 from holdfast.checkpoint.own_file import corrupt, no_checkpoint, own_tail
 from holdfast.errors import CheckpointCorrupt, CheckpointIncompatible, HoldfastError
+from holdfast.utilities.collector import uncollected
 
 EVERY_BYTE = "every byte"
 ZIP_CHECKSUMS = "zip checksums"

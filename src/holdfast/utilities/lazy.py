@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from holdfast.utilities.collector import uncollected
 
 
 def lazily(
@@ -30,7 +30,8 @@ def lazily(
                 # An AttributeError would be answered by Python's own "cannot import name", without this text.
                 raise ImportError(f"{package} has no {name}. {instead}", name=package)
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        with _uncollected():
+        # An import makes no garbage, and one pass over all that torch has made takes longer than it.
+        with uncollected():
             module = importlib.import_module(home, package)
         value = module if home == f".{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
@@ -40,18 +41,3 @@ def lazily(
         return sorted({*vars(sys.modules[package]), *homes})
 
     return get, names
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep Python's cyclic collector out of an import, which makes no garbage.
-
-    Its pass over all that torch has made takes longer than loading all of holdfast's modules.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
