@@ -13,6 +13,7 @@ import atexit
 import gc
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -63,6 +64,8 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # Whoever runs the tests in the background has it ignored, and so would all that come from here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # a copy that looked through all that was imported would take a second to end
     asked = serve(socket.socket(fileno=int(sys.argv[1])))
     if asked is not None:

@@ -51,6 +51,14 @@ FAILED: list[dict[str, Any]] = [
         "kinds": ["time", "error", "error"],
         "places": [0.01, 0.5, 0.5],
     },
+    # What a loader says of itself once its persistent workers have ended.
+    {
+        "data": "torchdata iterable",
+        "workers": 1,
+        "persistent": True,
+        "saves": ["default"],
+        "hooks": ["on_train_end", None, None],
+    },
     # The workers of a loader that was given again had been ended with the loader before it.
     {"data": "torchdata iterable", "workers": 1, "persistent": True, "reload": 1},
     {"data": "torchdata", "workers": 2, "persistent": True, "reload": 1, "shuffle": True, "epochs": 3},

@@ -356,9 +356,6 @@ class BatchStream:
             self._iterable.__dict__["_iterator"] = None
         else:
             workers.unshield(self.loader)
-            if self._persistent() and self.loader.num_workers > 0:
-                # It would ask the workers that were just ended for the next epoch.
-                self.loader._iterator = None
 
     def _batches(self, first: int) -> Iterator[Any]:
         """The batches from the sampler's position on; or an iterable's, of which the next is ``first``."""

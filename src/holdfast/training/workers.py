@@ -99,6 +99,10 @@ def start(loader: Any) -> Iterator[Any]:
     A new process inherits which signals are held back, so one that arrives while it starts waits until the
     worker ignores it. In this process it is dealt with when the workers are there.
     """
+    if getattr(getattr(loader, "_iterator", None), "_shutdown", False):
+        # A loader that was used before: it would ask its persistent workers, which were ended since. Not when
+        # they were: until it is used again, a loader with a state tells it from there.
+        loader._iterator = None
     init = getattr(loader, "worker_init_fn", None)
     if not isinstance(init, Shielded) or _are_running(loader):
         return iter(loader)
