@@ -56,7 +56,7 @@ def test_messages_name_the_path_the_operation_the_reason_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.ckpt"
-    monkeypatch.setattr(commit, "_free_bytes", lambda path: 12_345)
+    monkeypatch.setattr(commit, "free_bytes", lambda path: 12_345)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", failing(errno.ENOSPC))
         with pytest.raises(StorageError) as full:

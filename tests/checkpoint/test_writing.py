@@ -257,7 +257,7 @@ def test_a_disk_that_fails_under_way_is_told_and_left_alone(
 def test_too_little_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit, "_free_bytes", lambda path: 300_000)
+    monkeypatch.setattr(commit, "free_bytes", lambda path: 300_000)
     disk = Disk(monkeypatch)
     path = tmp_path / "a.ckpt"
     with pytest.raises(StorageError) as caught:
