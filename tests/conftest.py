@@ -14,7 +14,6 @@ import torch
 
 from holdfast.utilities import rank_zero
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Whoever runs the tests in the background has it ignored, and so would every process that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,9 +23,15 @@ def whose(shared: Path) -> dict[str, tuple[str, int]]:
 
 
 def said_saved(life: Life) -> dict[str, int]:
-    """The files that a run said it has saved, and the step of each."""
-    lines = re.findall(r"^saved (\S+)(?: \(also (\S+)\))?  step (\d+)  ", life.log, re.M)
-    return {name: int(step) for first, second, step in lines for name in (first, second) if name}
+    """The files that a run said it has saved, and did not say it has deleted since, and the step of each."""
+    kept: dict[str, int] = {}
+    pattern = r"^saved (\S+)(?: \(also (\S+)\))?  step (\d+)  (?:.*?  deleted (.*))?"
+    for first, second, step, deleted in re.findall(pattern, life.log, re.M):
+        kept.update({name: int(step) for name in (first, second) if name})
+        for name in deleted.split(", "):
+            # Two that look for a free name at one moment may both go on to the next; later it is free again.
+            kept.pop(name, None)
+    return kept
 
 
 def assert_each_has_its_own(shared: Path, *lives: Life) -> None:
