@@ -131,4 +131,15 @@ FAILED: list[dict[str, Any]] = [
         "io": "async",
         "places": [0.48, 0.5, 0.5],
     },
+    # A life that ended for lack of time saved its end as `last`, in place of one that is exact.
+    {
+        "data": "iterable",
+        "val": "one",
+        "val_interval": 2,
+        "saves": ["max_topk", "last"],
+        "max_time": "00:09:00:00",
+        "stops": 3,
+        "kinds": ["error", "error", "time"],
+        "places": [0.5, 0.5, 0.69],
+    },
 ]

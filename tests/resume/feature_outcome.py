@@ -62,7 +62,7 @@ def outcome(plan: Plan, trainer: pl.Trainer, root: Path) -> dict[str, Any]:
     final.unlink()
     for number, logger in enumerate(trainer.loggers):
         found[f"logger {number}"] = logged(Path(logger.log_dir or ""))
-    files = {path: read(plan, path) for path in kept(trainer, root)}
+    files = {path: read(plan, path) for path in kept(plan, trainer, root)}
     exact = {
         plain(str(path), root): payload
         for path, payload in files.items()
@@ -75,7 +75,7 @@ def outcome(plan: Plan, trainer: pl.Trainer, root: Path) -> dict[str, Any]:
     return found
 
 
-def kept(trainer: pl.Trainer, root: Path) -> list[Path]:
+def kept(plan: Plan, trainer: pl.Trainer, root: Path) -> list[Path]:
     """The run's checkpoints.
 
     Not among them are another version's, which a start that was killed before its first save has left, and what
@@ -84,6 +84,8 @@ def kept(trainer: pl.Trainer, root: Path) -> list[Path]:
     mine = str(trainer.loggers[0].log_dir) + os.sep if trainer.loggers else ""
     files = [path for path in sorted(root.rglob("*.ckpt")) if path.parent.name != "exceptions"]
     files = [path for path in files if not path.name.startswith("stopped")]
+    if "time" in plan["kinds"]:  # a life that ended for lack of time saved its end as `last`
+        files = [path for path in files if not path.name.startswith("last")]
     return [path for path in files if "version_" not in str(path) or str(path).startswith(mine)]
 
 
