@@ -269,8 +269,8 @@ def fitted(plan: Plan) -> Plan:
         plan["exact"] = "warn"  # it is a time, and refused
     if plan["net"] in ("batchnorm", "both"):
         plan["drop_last"] = True  # it cannot train on a last batch of one row
-        if plan["data"] in (*_STREAMS, "cycle with iterable"):
-            plan["workers"] = min(plan["workers"], 2)  # each of four would have less than a batch
+    if plan["drop_last"] and plan["data"] in (*_STREAMS, "cycle with iterable"):
+        plan["workers"] = min(plan["workers"], 2)  # each of four would have less than a batch
     return plan
 
 
