@@ -1,6 +1,7 @@
-# One virtual environment, six verbs. Nothing has to be installed by hand.
+# One virtual environment, seven verbs. Nothing has to be installed by hand.
 #
 #   make demo     train, kill, start again, compare bit for bit
+#   make demo-ddp the same with two processes, one of which is killed
 #   make test     the whole test suite
 #   make check    ruff, mypy --strict, the architecture tests
 #   make soak     damage files at random for FUZZ minutes (5), then search for a resumed run that differs, for
@@ -25,12 +26,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check soak bench clean
+.PHONY: help demo demo-ddp test check soak bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo     train on real digits, kill -9 in mid-epoch, start again, compare bit for bit'
+	@echo 'make demo-ddp two processes, kill -9 of one, started again by torchrun, compared, and gone on with in one'
 	@echo 'make test     run the whole test suite'
 	@echo 'make check    ruff, mypy --strict on the package, the architecture tests'
 	@echo 'make soak     damage files for FUZZ=5 minutes, look for resumed runs that differ for MINUTES=60; SEED=n'
@@ -41,6 +43,9 @@ help:
 
 demo: $(VENV)/.installed-examples
 	@$(BIN)/python examples/demo.py $(ARGS)
+
+demo-ddp: $(VENV)/.installed-examples
+	@$(BIN)/python examples/demo_ddp.py $(ARGS)
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest $(ARGS)

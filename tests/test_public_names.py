@@ -27,6 +27,7 @@ PUBLIC = {
         "KeepNewer",
         "LightningDataModule",
         "LightningModule",
+        "RankFailed",
         "SaveReport",
         "StorageError",
         "Trainer",
@@ -104,6 +105,8 @@ PUBLIC = {
     ],
     "holdfast.strategies": [
         "DDPStrategy",
+        "FSDPStrategy",
+        "ParallelStrategy",
         "SingleDeviceStrategy",
         "Strategy",
     ],
@@ -155,9 +158,9 @@ def test_a_name_that_is_not_there_is_said(module: str) -> None:
         ),
         (
             "holdfast.strategies",
-            "FSDPStrategy",
-            "holdfast.strategies has no FSDPStrategy. One process is what there is so far: use "
-            "SingleDeviceStrategy, or Trainer(strategy='auto').",
+            "DeepSpeedStrategy",
+            "holdfast.strategies has no DeepSpeedStrategy. Use FSDPStrategy, which keeps weights, gradients and "
+            "optimizer state in parts.",
         ),
         (
             "holdfast.accelerators",

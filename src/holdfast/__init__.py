@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from holdfast.errors import CheckpointUnsafe as CheckpointUnsafe
     from holdfast.errors import ConfigError as ConfigError
     from holdfast.errors import HoldfastError as HoldfastError
+    from holdfast.errors import RankFailed as RankFailed
     from holdfast.errors import StorageError as StorageError
     from holdfast.training.datamodule import LightningDataModule as LightningDataModule
     from holdfast.training.module import LightningModule as LightningModule
@@ -69,6 +70,7 @@ _HOMES = {
     "KeepNewer": "holdfast.checkpoint.retention",
     "LightningDataModule": "holdfast.training.datamodule",
     "LightningModule": "holdfast.training.module",
+    "RankFailed": "holdfast.errors",
     "SaveReport": "holdfast.checkpoint.report",
     "StorageError": "holdfast.errors",
     "Trainer": "holdfast.training.trainer",

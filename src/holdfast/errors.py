@@ -56,3 +56,15 @@ class CheckpointUnsafe(CheckpointError, ValueError):
 
 class StorageError(HoldfastError, OSError):
     """The disk, or whatever stands for it, refused or failed; what was there before is untouched."""
+
+
+class RankFailed(HoldfastError, RuntimeError):
+    """Another process of the job failed, is gone, or is elsewhere, so that this one cannot go on.
+
+    Attributes:
+        rank: Which one; None where it is not known, or where it is several.
+    """
+
+    def __init__(self, message: str = "", *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank

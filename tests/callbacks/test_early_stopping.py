@@ -38,6 +38,7 @@ class Run:
         self.enable_validation = True
         self.val_check_interval: int | float = 1.0
         self.check_val_every_n_epoch = 1
+        self.world_size = 1
         self.strategy = SimpleNamespace(reduce_boolean_decision=lambda stop, all=True: stop)
         self.judged_at: list[str] = []
         self.__dict__.update(attributes)

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from holdfast.callbacks import lineage
+from holdfast.checkpoint import sharded
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.cli import main
 
@@ -142,7 +143,7 @@ def a_payload(step: int, lr: float) -> dict[str, Any]:
 
 
 def a_run(directory: Path) -> None:
-    """``runs/a``: three ranked files and ``last.ckpt``; and ``runs/b``, whose only file is damaged."""
+    """``runs/a``: three ranked files, ``last.ckpt``; ``runs/b``, whose only file is bad; and a sharded one."""
     losses = {100: 0.62, 200: 0.25, 300: 0.31}
     ages_s = {100: 392, 200: 272, 300: 92}  # each stays the same number of minutes for another 50 seconds
     a = directory / "runs" / "a"
@@ -162,3 +163,7 @@ def a_run(directory: Path) -> None:
     )
     content = b.read_bytes()
     flip(b, content.index(a_transformer(100)["embed.weight"].numpy().tobytes()) + 1000)
+    rest, tensors = sharded.split(a_payload(300, 0.0005))
+    sharded.save(
+        directory / "sharded" / "last.ckpt", rest, tensors, rank=0, world_size=1, summary={"step": 300}
+    )

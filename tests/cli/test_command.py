@@ -21,7 +21,7 @@ import holdfast as package
 from holdfast.cli import main
 from tests.cli.command import a_payload, a_run, a_save, child, environment, holdfast, save
 
-COMMANDS = ("ls", "inspect", "verify", "diff")
+COMMANDS = ("ls", "inspect", "verify", "diff", "merge")
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-9]m")
 
@@ -88,7 +88,16 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["lss"], ["ls", "--mode", "best"], ["diff", "a"], ["inspect"], ["verify"], ["ls", "--rec"]]
+    "arguments",
+    [
+        ["lss"],
+        ["ls", "--mode", "best"],
+        ["diff", "a"],
+        ["inspect"],
+        ["verify"],
+        ["merge", "a"],
+        ["ls", "--rec"],
+    ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
     ran = holdfast(*arguments)

@@ -59,6 +59,7 @@ def test_what_it_shows_is_what_is_printed(
         (["inspect", "runs/a/last.ckpt", "--tensors"], 0),
         (["verify", "runs"], 1),
         (["diff", "runs/a/epoch=0-step=100.ckpt", "runs/a/last.ckpt", "--tensors"], 1),
+        (["merge", "sharded/last.ckpt", "last.ckpt"], 0),
     ],
 )
 def test_every_key_is_told(tmp_path: Path, arguments: list[str], code: int) -> None:

@@ -119,9 +119,32 @@ def test_settings_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(refused.value) == (
         "torchrun started 8 processes, but Trainer(devices=2, num_nodes=2) means 4. Make them equal."
     )
+    with pytest.raises(ConfigError) as refused:
+        TorchElasticEnvironment().validate_settings(num_devices=1, num_nodes=1)
+    assert str(refused.value) == (
+        "torchrun started 8 processes, but Trainer(devices=1, num_nodes=1) means 1. Make them equal, or use "
+        "strategy='single_device' for a run of this process alone."
+    )
+    monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
     monkeypatch.setenv("SLURM_NNODES", "2")
     SLURMEnvironment().validate_settings(num_devices=4, num_nodes=2)
     with pytest.raises(ConfigError) as refused:
         SLURMEnvironment().validate_settings(num_devices=4, num_nodes=1)
     assert str(refused.value) == "Trainer(num_nodes=1) differs from SLURM's SLURM_NNODES=2. Make them equal."
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(ConfigError) as refused:
+        SLURMEnvironment().validate_settings(num_devices=2, num_nodes=2)
+    assert str(refused.value) == (
+        "SLURM started 8 tasks, but Trainer(devices=2, num_nodes=2) means 4. Make them equal."
+    )
+
+
+def test_machines_that_nobody_connects() -> None:
+    LightningEnvironment().validate_settings(num_devices=4, num_nodes=1)
+    with pytest.raises(ConfigError) as refused:
+        LightningEnvironment().validate_settings(num_devices=4, num_nodes=2)
+    assert str(refused.value) == (
+        "Trainer(num_nodes=2): MASTER_ADDR and MASTER_PORT are to say where rank 0 is, and NODE_RANK which "
+        "machine this is. Set them on each machine, or start the job with torchrun or srun."
+    )

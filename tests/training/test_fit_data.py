@@ -229,3 +229,85 @@ def test_the_loops_limits_are_the_trainers() -> None:
     run.fit(model, rows())
     assert (run.max_epochs, run.current_epoch, run.global_step) == (2, 2, 6)
     assert (loop.epoch_loop.total_batch_idx, loop.epoch_loop.batch_idx, loop.max_batches) == (5, 2, 3)
+
+
+# -- another batch size in the middle of an epoch ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "after", "batches", "line"),
+    [
+        (4, 2, 2, [[8, 9], [10, 11], [12, 13]], "row 8, batch 4"),
+        (2, 4, 3, [[6, 7], [8, 9, 10, 11], [12, 13]], "row 6, batch 1, which has the 2 rows up to 8"),
+        (4, 3, 2, [[8], [9, 10, 11], [12, 13]], "row 8, batch 2, which has the 1 row up to 9"),
+        (3, 10, 2, [[6, 7, 8, 9], [10, 11, 12, 13]], "row 6, batch 0, which has the 4 rows up to 10"),
+    ],
+)
+def test_another_batch_size_goes_on_at_the_same_row(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    old: int,
+    new: int,
+    after: int,
+    batches: list[list[int]],
+    line: str,
+) -> None:
+    """The first batch is a short one, up to where the batches of the new size begin."""
+    assert batch_of(tmp_path, old, None) == [
+        list(range(14))[begin : begin + old] for begin in range(0, 14, old)
+    ]
+    with pytest.warns(UserWarning, match="the epoch goes on at the same row"):
+        assert batch_of(tmp_path, new, tmp_path / f"{old}-{after}.ckpt") == batches
+    # And once more, from checkpoints that were saved behind it in the same epoch.
+    assert batch_of(tmp_path, new, tmp_path / f"{new}-{after + 1}.ckpt") == batches[1:]
+    assert batch_of(tmp_path, new, tmp_path / f"{new}-{after + len(batches) - 1}.ckpt") == batches[-1:]
+    told = [message for message in caplog.messages if message.startswith("the batch size")]
+    assert told == [f"the batch size was {old} and is {new}: the epoch goes on at {line}"]
+
+
+def batch_of(directory: Path, size: int, ckpt_path: Path | None) -> list[list[int]]:
+    class Batched(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            batches.append(batch[1].tolist())
+            return super().training_step(batch, batch_idx)
+
+    batches: list[list[int]] = []
+    saving = ModelCheckpoint(
+        directory, filename=f"{size}-{{step}}", every_n_train_steps=1, save_top_k=-1,
+        auto_insert_metric_name=False,
+    )  # fmt: skip
+    trainer(callbacks=saving).fit(Batched(), rows(14, size), ckpt_path=ckpt_path)
+    return batches
+
+
+def test_another_batch_size_behind_the_last_row_begins_the_next_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch_of(tmp_path, 7, None)
+    saved = tmp_path / "7-2.ckpt"
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="the epoch goes on at the same row"):
+        assert batch_of(tmp_path, 4, saved) == []
+    assert "the batch size was 7 and is 4: every row of the epoch is done" in caplog.messages
+
+
+def test_validation_is_not_due_where_the_position_is_inside_of_a_batch(tmp_path: Path) -> None:
+    validated = []
+
+    class Validated(Toy):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            validated.append(self.trainer.fit_loop.total_batch_idx)
+
+    def run(size: int, ckpt_path: Path | None = None) -> pl.Trainer:
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1,
+                                 auto_insert_metric_name=False)  # fmt: skip
+        made = trainer(callbacks=saving, val_check_interval=2, num_sanity_val_steps=0)
+        made.fit(Validated(), rows(16, size), rows(1), ckpt_path=ckpt_path)
+        return made
+
+    run(2)
+    validated.clear()
+    with pytest.warns(UserWarning, match="the epoch goes on at the same row"):
+        made = run(4, tmp_path / "3.ckpt")
+    assert made.global_step == 3 + 3
+    assert validated == [3, 5]  # behind batches 1 and 3 of the new size, of which the first has two rows
+    assert made.progress.batches_that_stepped == 6

@@ -364,7 +364,7 @@ def test_another_batch_size_goes_on_at_the_same_row(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="batch size of the training data: 4 -> 6"):
         assert run(6, tmp_path / "step=3.ckpt", 9) == list(range(12, 24))
     with pytest.warns(UserWarning, match="batch size of the training data: 4 -> 8"):
-        assert run(8, tmp_path / "step=3.ckpt", 9) == list(range(8, 24))
+        assert run(8, tmp_path / "step=3.ckpt", 9) == list(range(12, 24))
 
 
 class TestViewsBetweenRequests:

@@ -61,7 +61,7 @@ class TestEachOldSpellingIsSaidOnce:
             (
                 {"accelerator": "ddp_cpu"},
                 "Trainer(accelerator='ddp_cpu') is the spelling of 1.x: use accelerator='cpu', "
-                "strategy='ddp_spawn'.",
+                "strategy='ddp'.",
                 lambda trainer: trainer.strategy.root_device.type == "cpu",
             ),
             (

@@ -44,10 +44,6 @@ class TestArguments:
                 "Trainer(gradient_clip_val='x'): expected a number, found str.",
             ),
             (
-                {"sync_batchnorm": True},
-                "Trainer(sync_batchnorm=True) has a meaning with several processes only, and there is one so far.",
-            ),
-            (
                 {"model_registry": "mine"},
                 "Trainer(model_registry='mine') is not there. Upload checkpoints in a logger's "
                 "after_save_checkpoint.",
@@ -64,10 +60,6 @@ class TestArguments:
             (
                 {"accumulate_grad_batches": 0},
                 "Trainer(accumulate_grad_batches=0): expected an int of at least 1.",
-            ),
-            (
-                {"devices": 2},
-                "Trainer(devices=2): one process on one device is what there is so far. Use devices=1.",
             ),
             (
                 {"gradient_clip_algorithm": "median"},

@@ -23,7 +23,7 @@ def keeps_statistics(layer: nn.Module) -> bool:
 
 
 def renew_statistics(trainer: Trainer, copied: Any) -> list[nn.Module]:
-    """Compute the statistics of a copy of the trainer's module, for the weights that the copy has.
+    """Compute the statistics of a copy of the trainer's module, for the copy's weights. Ranks: all.
 
     Runs the copy's ``training_step`` over the training data of one epoch. Nothing else hears of it: logged
     values go nowhere, generators and samplers are put back, no gradient is computed.
@@ -54,6 +54,8 @@ def renew_statistics(trainer: Trainer, copied: Any) -> list[nn.Module]:
     try:
         copied.to(trainer.strategy.root_device)
         _run(trainer, copied)
+        if trainer.world_size > 1:
+            _average(trainer, layers)
     finally:
         copied.to(home)
         copied.trainer = None
@@ -61,6 +63,13 @@ def renew_statistics(trainer: Trainer, copied: Any) -> list[nn.Module]:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
     return layers
+
+
+def _average(trainer: Trainer, layers: list[Any]) -> None:
+    """Give every rank the mean of what the ranks have found, each on its part of the data."""
+    for layer in layers:
+        for statistic in (layer.running_mean, layer.running_var):
+            statistic.copy_(trainer.strategy.reduce(statistic, reduce_op="mean"))
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

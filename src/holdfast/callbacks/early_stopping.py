@@ -107,6 +107,8 @@ class EarlyStopping(Callback):
     ends if it doesn't run exactly once at the end of each epoch. The trainer still honours ``min_epochs``
     and ``min_steps``.
 
+    Ranks: all judge rank 0's value. Log it with ``sync_dist=True``, and it is that of all the data.
+
     Args:
         monitor: The logged name to go by.
         min_delta: By how much a value has to be better to be an improvement; below 0, by how much it may be
@@ -247,8 +249,14 @@ class EarlyStopping(Callback):
 
     def _monitored(self, trainer: Trainer) -> Tensor | None:
         metrics = trainer.callback_metrics
-        if self.monitor in metrics:
-            return torch.as_tensor(metrics[self.monitor]).detach().cpu().clone().squeeze()
+        value = metrics.get(self.monitor)
+        if value is not None:
+            value = torch.as_tensor(value).detach().cpu().clone().squeeze()
+        if trainer.world_size > 1:
+            # Ranks that judged values of their own would stop at different times.
+            value = trainer.strategy.broadcast(value)
+        if value is not None:
+            return value
         message = (
             f"EarlyStopping(monitor={self.monitor!r}) has nothing to go by: no such value was logged."
             f"{naming.nearest(self.monitor, metrics)}"

@@ -106,7 +106,8 @@ class KeptCheckpoints(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the directory: rank 0 decides, every rank has it."""
         if stage == "fit":
-            directory = trainer.strategy.broadcast(self.dirpath or default_directory(trainer))
+            chosen = self.dirpath or (default_directory(trainer) if trainer.is_global_zero else "")
+            directory = trainer.strategy.broadcast(chosen)
             self.dirpath = os.path.abspath(directory)
             self._took_stock = False
 

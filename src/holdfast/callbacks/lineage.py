@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint import catalog, commit, directories
 from holdfast.checkpoint.retention import Found
 from holdfast.errors import CheckpointError
 from holdfast.utilities.rank_zero import rank_zero_warn
@@ -262,10 +262,10 @@ class Claims:
 def remove(
     path: str, *, inside: str, protected: str | None, delete: Callable[[str], Any] | None = None
 ) -> bool:
-    """Delete one checkpoint file and tell whether it was deleted.
+    """Delete one checkpoint and tell whether it was deleted.
 
-    Left alone are directories, whatever is not inside the directory ``inside``, and every name of the
-    file ``protected``.
+    Left alone are directories that are no checkpoint, whatever is not inside the directory ``inside``, and
+    every name of the file ``protected``.
 
     Args:
         path: The file.
@@ -278,12 +278,12 @@ def remove(
     root = os.path.realpath(inside)
     if os.path.commonpath([directory, root]) != root:
         return False
-    if delete is None and os.path.isdir(path) and not os.path.islink(path):
+    if delete is None and os.path.isdir(path) and not (os.path.islink(path) or directories.is_sharded(path)):
         return False
     if is_same_file(path, protected):
         return False
     try:
-        (delete or os.unlink)(path)
+        (delete or directories.remove)(path)
     except FileNotFoundError:
         return False
     except OSError as error:

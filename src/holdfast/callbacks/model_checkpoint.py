@@ -197,18 +197,21 @@ class ModelCheckpoint(NamedCheckpoints):
     ) -> None:
         """Request a save when the step or time interval is due."""
         step = trainer.global_step
-        due = triggers.due_at_step(step, self._triggered_step, self._every_n_train_steps)
-        if self._interval_s is not None:
-            now_s = time.monotonic()
-            late = triggers.due_at_time(now_s, self._started_s, self._interval_s)
-            if trainer.world_size > 1:
-                late = trainer.strategy.broadcast(late)
-            if late:
-                self._started_s = now_s
-                due = True
-        if due:
+        if triggers.due_at_step(step, self._triggered_step, self._every_n_train_steps):
             self._triggered_step = step
             self._request(trainer, "interval")
+        elif self._interval_s is not None:
+            if not triggers.due_at_time(time.monotonic(), self._started_s, self._interval_s):
+                return
+            self._started_s = math.inf  # until it is done
+            if not triggers.posted(trainer, self):
+                self.time_is_due(trainer)
+
+    def time_is_due(self, trainer: Trainer) -> None:
+        """Request a save, since the time interval is over; with several processes all do it at once."""
+        self._started_s = time.monotonic()
+        self._triggered_step = trainer.global_step
+        self._request(trainer, "interval")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Request a save when epochs are judged here, or when an interval waits for a fresh value."""
@@ -280,8 +283,9 @@ class ModelCheckpoint(NamedCheckpoints):
             except ConfigError as error:
                 outcome = error
         if trainer.world_size > 1:
-            outcome, bookkeeping = trainer.strategy.broadcast((outcome, self._bookkeeping()))
-            self._names_checked, self._ranked_version, self._deferred = bookkeeping
+            outcome, self._names_checked, self._ranked_version, self._deferred = trainer.strategy.broadcast(
+                (outcome, self._names_checked, self._ranked_version, self._deferred)
+            )
         if isinstance(outcome, ConfigError):
             raise outcome
         self._plan = outcome
@@ -431,9 +435,6 @@ class ModelCheckpoint(NamedCheckpoints):
     def _tell_unranked(self, score: Tensor | None, step: int) -> None:
         if self.verbose and score is None:
             rank_zero_info(f"step {step}: {self.monitor} has no value that is new, so nothing is ranked")
-
-    def _bookkeeping(self) -> tuple[bool, int | None, bool]:
-        return self._names_checked, self._ranked_version, self._deferred
 
 
 def _cost(report: SaveReport) -> dict[str, Tensor]:

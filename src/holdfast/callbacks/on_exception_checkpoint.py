@@ -66,8 +66,10 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def plan_save(self, trainer: Trainer) -> SavePlan:
         """Choose the name: rank 0 does, for every rank."""
-        free = reserving(lambda path: not os.path.lexists(path))
-        name = naming.first_usable(self._path, free, 1)
+        name = ""
+        if trainer.is_global_zero:
+            free = reserving(lambda path: not os.path.lexists(path))
+            name = naming.first_usable(self._path, free, 1)
         # Without a run's id: nobody ranks, overwrites or sweeps up such a file.
         extra = {"callback": self.state_key}
         return SavePlan(names=(trainer.strategy.broadcast(name),), summary_extra=extra)

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Callback
+from holdfast.callbacks.triggers import posted
 from holdfast.errors import ConfigError
 from holdfast.utilities.durations import parse_duration
 from holdfast.utilities.rank_zero import rank_zero_info
@@ -56,6 +57,7 @@ class Timer(Callback):
         self._ended_s: dict[str, float] = {}
         self._before_s = 0.0
         self._told = False
+        self._posted = False
 
     @property
     def duration_s(self) -> float | None:
@@ -99,7 +101,7 @@ class Timer(Callback):
             self._started_s.pop("train", None)
             self._ended_s.pop("train", None)
             self._before_s = 0.0
-            self._told = False
+            self._told = self._posted = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop a run whose time was up before."""
@@ -132,8 +134,12 @@ class Timer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the clock."""
-        self._check(trainer)
+        """Look at the clock; with several processes rank 0 does, and all stop at one safe point."""
+        if trainer.world_size == 1:
+            self._check(trainer)
+        elif trainer.is_global_zero and not self._posted and self._is_over():
+            self._posted = True
+            posted(trainer, self)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the clock."""
@@ -146,12 +152,19 @@ class Timer(Callback):
     def _check(self, trainer: Trainer) -> None:
         if self._duration_s is None:
             return
-        elapsed_s = self.time_elapsed()
-        over = elapsed_s >= self._duration_s
+        over = self._is_over()
         if trainer.world_size > 1:
             over = trainer.strategy.broadcast(over)
-        if not over:
-            return
+        if over:
+            self.time_is_due(trainer)
+
+    def _is_over(self) -> bool:
+        return self._duration_s is not None and self.time_elapsed() >= self._duration_s
+
+    def time_is_due(self, trainer: Trainer) -> None:
+        """Stop training: the time is up."""
+        assert self._duration_s is not None
+        elapsed_s = self.time_elapsed()
         trainer.should_stop = True
         trainer.preemption.time_is_up(trainer)
         if self._verbose and not self._told:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from holdfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from holdfast.callbacks.base import Callback
+    from holdfast.training.trainer import Trainer
 
 
 def resolve_intervals(
@@ -47,6 +52,20 @@ def due_at_step(step: int, last_step: int, every_n_train_steps: int) -> bool:
 def due_at_time(now_s: float, last_s: float, interval_s: float | None) -> bool:
     """Tell whether ``interval_s`` seconds have passed since ``last_s``."""
     return interval_s is not None and now_s - last_s >= interval_s
+
+
+def posted(trainer: Trainer, callback: Callback) -> bool:
+    """Have rank 0 see to it that the callback's ``time_is_due`` is called on every rank at one safe point.
+
+    Only rank 0's clock counts, so on other ranks nothing is done. Returns False with one process: what is due
+    is due at once.
+    """
+    agreement = trainer.strategy.agreement if trainer.world_size > 1 else None
+    if agreement is None:
+        return False
+    if trainer.is_global_zero:
+        agreement.post("callback", trainer.callbacks.index(callback))
+    return True
 
 
 def due_at_epoch(epoch: int, every_n_epochs: int) -> bool:

@@ -16,6 +16,7 @@ Nothing in here knows what a trainer is. Import the piece that is needed; those 
     pickle_scan  * what a pickle may call and how much that may make; opcodes * says it before anything runs
     foreign        files of torch.save and PyTorch Lightning; shape * of what training takes from them
     contents     * what anybody's file holds; inspect * and compare * tell it
+    sharded        a directory that many processes write; with directories *, sharded_manifest * and merge
     catalog      * what a directory holds; choice *, newest and ownership * say which is meant, and whose
     migrate        older payloads to today's shape
     retention    * which checkpoints go

@@ -9,7 +9,7 @@ import os
 import stat
 from typing import Any
 
-from holdfast.checkpoint import commit, container
+from holdfast.checkpoint import commit, container, directories, sharded_manifest
 from holdfast.errors import CheckpointIncomplete, CheckpointNotFound
 
 SUFFIX = ".ckpt"
@@ -85,6 +85,8 @@ def read_summary(path: str | os.PathLike[str]) -> Summary:
         raise CheckpointIncomplete(
             f"{os.path.basename(name)} is not a whole checkpoint: {problem.reason}.", path=name
         ) from None
+    except sharded_manifest.Bad as bad:
+        raise bad.told(name) from None
     except FileNotFoundError as error:
         raise CheckpointNotFound(f"There is no checkpoint {name}.", path=name) from error
     except OSError as error:
@@ -96,8 +98,9 @@ def scan(
 ) -> list[Entry]:
     """List the checkpoints in a directory, newest first, broken and foreign ones included.
 
-    Every name counts, so two names of one file are two entries (``os.path.samefile`` tells). Temporary files
-    are not listed.
+    Every name counts, so two names of one file are two entries (`choice.second_names` tells). Temporary files
+    are not listed. A directory is a checkpoint if it is a sharded one, and is not looked into;
+    asked about one itself, it is the only one.
 
     Args:
         directory: where to look.
@@ -109,6 +112,8 @@ def scan(
         StorageError: if it, or with ``recursive`` a directory below it, cannot be read.
     """
     top = os.fspath(directory)
+    if directories.is_sharded(top):
+        return [entry(top)]
     found: list[Entry] = []
     pending = [top]
     while pending:
@@ -116,10 +121,11 @@ def scan(
         try:
             with os.scandir(at) as items:
                 for item in items:
-                    if recursive and item.is_dir(follow_symlinks=False):
+                    path = _standing_for(item)
+                    if path.endswith(suffix) and _is_candidate(item):
+                        found.append(entry(path))
+                    elif recursive and _may_hold_checkpoints(item):
                         pending.append(item.path)
-                    elif _is_candidate(item, suffix):
-                        found.append(entry(item.path))
         except FileNotFoundError as error:
             if at == top:
                 raise CheckpointNotFound(f"There is no directory {top}.", path=top) from error
@@ -129,21 +135,39 @@ def scan(
     return found
 
 
-def _is_candidate(item: os.DirEntry[str], suffix: str | tuple[str, ...]) -> bool:
-    if not item.name.endswith(suffix) or commit.is_temporary(item.name):
+def _standing_for(item: os.DirEntry[str]) -> str:
+    """The path that it is found by: another than its own for one that was moved aside and not replaced."""
+    name = directories.name_aside(item.name)
+    if name is None:
+        return item.path
+    path = os.path.join(os.path.dirname(item.path), name)
+    return item.path if os.path.lexists(path) else path
+
+
+def _is_candidate(item: os.DirEntry[str]) -> bool:
+    if commit.is_temporary(item.name):
         return False
-    return not os.path.isdir(
-        item.path
-    )  # a directory is another kind of checkpoint; a dangling link is a broken one
+    # A dangling link is a broken one.
+    return not os.path.isdir(item.path) or directories.is_sharded(item.path)
+
+
+def _may_hold_checkpoints(item: os.DirEntry[str]) -> bool:
+    return (
+        item.is_dir(follow_symlinks=False)
+        and not commit.is_temporary(item.name)
+        and not directories.is_sharded(item.path)
+    )
 
 
 def entry(path: str) -> Entry:
-    """Describe one file; never raises: for one that is broken or cannot be read, the reason is there."""
+    """Describe one file, or a sharded checkpoint; never raises: of one that is broken the reason is there."""
     try:
         try:
             summary, size = _summary_of(path)
         except container.NotWhole as problem:
             return _unlisted(path, problem)
+        except sharded_manifest.Bad as bad:
+            return _broken_directory(path, bad)
     except OSError as error:
         reason = f"it cannot be read: {error.strerror or error}"
         if isinstance(error, FileNotFoundError):
@@ -156,7 +180,13 @@ def entry(path: str) -> Entry:
 
 
 def _summary_of(path: str) -> tuple[Summary, int]:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for somebody to write to it
+    path = directories.standing(path)
+    about = os.stat(path)
+    if stat.S_ISDIR(about.st_mode) and directories.is_sharded(path):
+        with sharded_manifest.opened(path) as directory:
+            manifest = directory.manifest
+        return summary_from({"format": manifest.format} | manifest.summary), manifest.size_bytes
+    if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for somebody to write to it
         raise OSError(errno.EINVAL, "it is not a regular file")
     with open(path, "rb") as file:
         tail = container.read_tail(file.fileno())
@@ -193,6 +223,11 @@ def _number(value: Any) -> float | None:
         return float(value)  # "NaN" and "inf" stand as text: JSON has no such numbers
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _broken_directory(path: str, bad: sharded_manifest.Bad) -> Entry:
+    at = os.stat(directories.standing(path)).st_mtime
+    return Entry(path, False, bad.reason, None, None, {}, at, 0, False, "full", False)
 
 
 def _unlisted(path: str, problem: container.NotWhole) -> Entry:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from holdfast.checkpoint import commit
+from holdfast.checkpoint import commit, directories
 from holdfast.checkpoint.engine import CheckpointEngine
 from holdfast.checkpoint.load import load
 from holdfast.checkpoint.point_in_time import PointInTime
@@ -76,13 +76,13 @@ class TorchCheckpointIO(CheckpointIO):
         return load(path, map_location="cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete a checkpoint file; nothing happens if it is not there.
+        """Delete a checkpoint, a sharded one too; nothing happens if it is not there.
 
         Raises:
             StorageError: the disk refused.
         """
         try:
-            os.unlink(path)
+            directories.remove(os.fspath(path))
         except FileNotFoundError:
             return
         except OSError as error:

@@ -6,13 +6,14 @@ Pure decisions about what `catalog.scan` found; needs no torch.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint import ownership
+from holdfast.checkpoint import directories, ownership
 from holdfast.checkpoint.catalog import Entry
 from holdfast.checkpoint.retention import Ranked, best_first
 
@@ -138,15 +139,27 @@ def second_names(entries: Sequence[Entry], first: Iterable[str] = ()) -> dict[st
     groups: dict[tuple[int, int], list[str]] = {}
     for entry in entries:
         try:
-            status = os.stat(entry.path)
+            groups.setdefault(identity(entry.path), []).append(entry.path)
         except OSError:
             continue
-        groups.setdefault((status.st_dev, status.st_ino), []).append(entry.path)
     found: dict[str, str] = {}
     for paths in groups.values():
         paths.sort(key=lambda path: (path not in wanted, os.path.islink(path), _is_last(path), path))
         found |= dict.fromkeys(paths[1:], paths[0])
     return found
+
+
+def identity(path: str) -> tuple[int, int]:
+    """What two names of one checkpoint have in common: the file, or of a directory the manifest in it.
+
+    Raises:
+        OSError: there is none.
+    """
+    status = os.stat(directories.standing(path))
+    if directories.is_sharded(path):
+        with contextlib.suppress(OSError):
+            status = os.stat(os.path.join(directories.standing(path), directories.MANIFEST))
+    return status.st_dev, status.st_ino
 
 
 def _is_last(path: str) -> bool:

@@ -11,21 +11,16 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
-import signal
 import stat
 from collections.abc import Iterator, Sequence
 
-from holdfast.checkpoint import open_files
+from holdfast.checkpoint import directories, open_files
+from holdfast.checkpoint.directories import crash_point as crash_point
+from holdfast.checkpoint.directories import fsync_directory as fsync_directory
+from holdfast.checkpoint.directories import is_temporary as is_temporary
 from holdfast.errors import StorageError
 
 _FICLONE = 0x40049409
-
-
-def crash_point(name: str) -> None:
-    """Do nothing, unless a test asked for the process to be killed here."""
-    if os.environ.get("HOLDFAST_CRASH_AT") == name:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Replacement:
@@ -61,8 +56,7 @@ def replacing(path: str) -> Iterator[Replacement]:
         with contextlib.suppress(StorageError):  # saving matters more; what is wrong is met again below
             remove_stray_temp_files(directory)
     with _told(path, "create a file beside"):
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        directories.check_replaceable(path)
         temporary, fd = create_temporary(path)
     replacement = Replacement(path, temporary, fd)
     old: int | None = None
@@ -77,12 +71,15 @@ def replacing(path: str) -> Iterator[Replacement]:
         crash_point("synced")
         old = open_files.held(path)
         with _told(path, "rename a file to"):
-            os.replace(temporary, path)
+            before = directories.replace(temporary, path)
         temporary = ""
         crash_point("renamed")
         with _told(path, "fsync the directory of", in_place=True):
             fsync_directory(directory)
         crash_point("directory-synced")
+        if before is not None:  # a directory stood there
+            with contextlib.suppress(OSError):
+                directories.discard(before)
     finally:
         # In this order: while the lock is held, nobody else takes the file for a stray one.
         if temporary:
@@ -112,9 +109,10 @@ def check_room(replacement: Replacement) -> None:
 def add_name(path: str, name: str, *, symlink: bool = True) -> str:
     """Put the content of ``path`` under a second name as well, for 0 bytes where the file system can.
 
-    Tries a reflink, a hard link, a relative symlink, then a copy; returns which one it was. The name changes
-    over at once, like a rename. Files that share an inode are made read-only, because writing into one of
-    them would change the other; saving over either name is safe.
+    Of a directory, `directories.add_name` says how. For a file it tries a reflink, a hard link, a relative
+    symlink, then a copy; returns which one it was. The name changes over at once, like a rename. Files that
+    share an inode are made read-only, because writing into one of them would change the other; saving over
+    either name is safe.
 
     Args:
         path: the file.
@@ -131,8 +129,9 @@ def add_name(path: str, name: str, *, symlink: bool = True) -> str:
         return "same"
     make_directories(os.path.dirname(name))
     with _told(name, "link"):
-        if os.path.isdir(name):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+        if os.path.isdir(path):
+            return directories.add_name(path, name)
+        directories.check_replaceable(name)
         if not os.path.islink(name) and os.path.exists(name) and os.path.samefile(path, name):
             # rename() onto the same inode does nothing and leaves the temporary name behind.
             return "same"
@@ -152,7 +151,10 @@ def _link(path: str, name: str, source: int, symlink: bool, attempts: int = 2) -
     kind, temporary = _linked_temporary(path, name, source, symlink)
     try:
         crash_point("link-made")
-        os.replace(temporary, name)
+        before = directories.replace(temporary, name)
+        if before is not None:
+            fsync_directory(os.path.dirname(name))
+            directories.discard(before)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -243,30 +245,6 @@ def make_directories(directory: str) -> None:
             fsync_directory(os.path.dirname(path))
 
 
-def fsync_directory(directory: str) -> None:
-    """Make the names in a directory durable; file systems that cannot do that for directories are let off."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file name is one that `replacing` gives to a file before its final name."""
-    parts = name.rsplit(".", 3)
-    return (
-        len(parts) == 4
-        and name.startswith(".")
-        and parts[3] == "tmp"
-        and parts[1].isdigit()
-        and len(parts[2]) == 8
-    )
-
-
 _swept: set[str] = set()
 """Directories that this process has rid of what killed ones left there."""
 
@@ -284,6 +262,12 @@ def remove_stray_temp_files(directory: str | os.PathLike[str]) -> list[str]:
     try:
         for name in sorted(os.listdir(top)):
             if is_temporary(name) and remove_if_stray(os.path.join(top, name)):
+                removed.append(name)
+            final = directories.name_aside(name)
+            if final is not None and os.path.lexists(os.path.join(top, final)):
+                fsync_directory(top)  # what took its place is there to stay
+                directories.check_replaceable(os.path.join(top, name))
+                directories.discard(os.path.join(top, name))
                 removed.append(name)
     except FileNotFoundError:
         return []
@@ -304,7 +288,10 @@ def remove_if_stray(path: str) -> bool:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                directories.discard_stray(path)
+            else:
+                os.unlink(path)
         finally:
             os.close(fd)
     except OSError as error:
@@ -316,21 +303,14 @@ def remove_if_stray(path: str) -> bool:
 
 _NOT_STRAY = (
     errno.EWOULDBLOCK, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP,
-    errno.ELOOP,
+    errno.ELOOP, errno.EISDIR,
 )  # fmt: skip
-
-
-def _temporary_name(path: str) -> str:
-    # The name may be as long as the file system allows, so the temporary one holds only its beginning.
-    directory, name = os.path.split(path)
-    name = os.fsencode(name)[:180].decode("utf-8", "ignore")
-    return os.path.join(directory, f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def create_temporary(path: str) -> tuple[str, int]:
     """Make an empty temporary file for ``path``, locked as long as it is open; return its path and where."""
     while True:
-        temporary = _temporary_name(path)
+        temporary = directories.temporary_name(path)
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -407,7 +387,7 @@ def storage_error(
 
 def _exists(path: str) -> bool:
     try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
+        return stat.S_ISREG(os.lstat(path).st_mode) or directories.is_sharded(path)
     except OSError:
         return False
 

@@ -245,17 +245,10 @@ class _Reader:
 
     def run(self, tensor: TensorFacts, begin: int, count: int) -> bytearray:
         """``count`` elements from the ``begin``-th of those that lie from its first one on."""
-        place = self.contents.storages.get(tensor.key or "")
-        at, length = (tensor.offset + begin) * tensor.itemsize, count * tensor.itemsize
-        if place is None or at + length > place.length:
+        data = bytearray(count * tensor.itemsize)
+        at = (tensor.offset + begin) * tensor.itemsize
+        if not self.contents.read(tensor.key or "", at, memoryview(data)):
             raise self._beyond()
-        data = bytearray(length)
-        into = memoryview(data)
-        while into:
-            got = os.preadv(self.contents.fd, [into], place.offset + at + length - len(into))
-            if not got:
-                raise self._beyond()
-            into = into[got:]
         return data
 
     def gathered(self, tensor: TensorFacts) -> bytearray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from holdfast.checkpoint import catalog, commit, container, integrity, origin, safetensors_header
+from holdfast.checkpoint.directories import is_sharded
 from holdfast.checkpoint.foreign_archive import Archive
 from holdfast.checkpoint.inert import InertUnpickler, TensorFacts
 from holdfast.checkpoint.own_file import corrupt, no_checkpoint, own_tail
@@ -64,19 +65,44 @@ class Contents:
     inert: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def read(self, key: str, at: int, into: memoryview) -> bool:
+        """Read bytes of a storage from its ``at``-th on, as many as there is room for; False if it has fewer.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        place = self.storages.get(key)
+        if place is None or at + len(into) > place.length:
+            return False
+        at += place.offset
+        while into:
+            got = os.preadv(self.fd, [into], at)
+            if not got:
+                return False
+            at, into = at + got, into[got:]
+        return True
+
 
 @contextlib.contextmanager
 def opened(source: origin.Source) -> Iterator[Contents]:
     """Read what a file holds, for the length of a block.
 
     Args:
-        source: a path or a URL; a URL is fetched whole.
+        source: a path, that of a sharded checkpoint too, or a URL; a URL is fetched whole.
 
     Raises:
         CheckpointError: the file is not there, is not a checkpoint, is damaged where its structure is, or
             asks for absurd amounts of memory.
         StorageError: it cannot be read or fetched.
     """
+    if isinstance(source, (str, os.PathLike)) and not origin.is_url(source) and is_sharded(source):
+        from holdfast.checkpoint.sharded_contents import (
+            opened as opened_directory,
+        )  # which opens a file in it
+
+        with opened_directory(os.fspath(source)) as found_there:
+            yield found_there
+        return
     with origin.opened(source) as found:
         try:
             contents = _read(found)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from holdfast.checkpoint import commit, container, foreign, integrity, origin, payload, pickling
+from holdfast.checkpoint.directories import is_sharded
 from holdfast.checkpoint.integrity import Damage, Job, Manifest, Placed
 from holdfast.checkpoint.mapped import Loaded, MappedFile, can_map
 from holdfast.checkpoint.origin import Source
@@ -35,7 +36,7 @@ def load(
 
     Tensors own their memory: nothing refers to the file afterwards. Opening a checkpoint runs no code that
     the file names. Checkpoints of torch.save and PyTorch Lightning are read too: their unknown classes
-    become inert `foreign.Opaque` objects.
+    become inert `foreign.Opaque` objects. Of a sharded checkpoint, a directory, every tensor is read whole.
 
     Args:
         source: a path, a URL (``https://``, or any that fsspec knows) or a file opened with mode "rb", which
@@ -91,6 +92,10 @@ class _Wish(NamedTuple):
 
 
 def _read(source: Source, wish: _Wish) -> Loaded:
+    if isinstance(source, (str, os.PathLike)) and not origin.is_url(source) and is_sharded(source):
+        from holdfast.checkpoint import sharded_load  # which reads a part of it as a file
+
+        return Loaded(os.fspath(source), sharded_load.load(source, wish.move, skip=wish.skip))
     try:
         with origin.opened(source) as found, uncollected():
             return _read_found(found, wish)

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple, TypeAlias, cast
 
-from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint import catalog, commit, directories
 from holdfast.errors import (
     CheckpointError,
     CheckpointIncomplete,
@@ -104,10 +104,11 @@ def open_local(name: str) -> IO[bytes]:
         CheckpointIncomplete: it is a directory or not a regular file.
     """
     try:
-        if os.path.exists(name) and not os.path.isdir(name) and not os.path.isfile(name):
+        at = directories.standing(name)
+        if os.path.exists(at) and not os.path.isdir(at) and not os.path.isfile(at):
             # Opening a pipe would wait for somebody to write to it.
             raise CheckpointIncomplete(f"{name} is not a regular file, so not a checkpoint.", path=name)
-        return open(name, "rb", buffering=0)
+        return open(at, "rb", buffering=0)
     except IsADirectoryError:
         raise CheckpointIncomplete(f"{name} is a directory, not a checkpoint file.", path=name) from None
     except FileNotFoundError:

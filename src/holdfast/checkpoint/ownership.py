@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint import catalog, commit
+from holdfast.checkpoint import catalog, commit, directories
 from holdfast.checkpoint.catalog import Entry
 from holdfast.checkpoint.retention import Policy, judge
 
@@ -230,7 +230,7 @@ class RunFiles:
                 kept.append(one)
             elif is_still(one):  # and not something that somebody has put there, or deleted already
                 try:
-                    os.unlink(verdict.path)
+                    directories.remove(verdict.path)
                     deleted.append(os.path.basename(verdict.path))
                 except OSError as error:
                     problems.append(

@@ -9,7 +9,19 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint import commit, container, foreign, integrity, origin, pickle_scan, pickling
+from holdfast.checkpoint import (
+    commit,
+    container,
+    directories,
+    foreign,
+    integrity,
+    origin,
+    pickle_scan,
+    pickling,
+    sharded_bytes,
+    sharded_load,
+)
+from holdfast.checkpoint.directories import is_sharded
 from holdfast.checkpoint.foreign_archive import Archive
 from holdfast.checkpoint.integrity import Damage, Job
 from holdfast.checkpoint.load import load, read_pickle, unsafe
@@ -44,6 +56,8 @@ def load_tensor(source: Source, name: str, *, map_location: Any = "cpu") -> torc
         CheckpointError, ConfigError, StorageError: as `holdfast.load` raises them.
     """
     move = mover(map_location, origin.title(source))
+    if isinstance(source, (str, os.PathLike)) and not origin.is_url(source) and is_sharded(source):
+        return _from_shards(os.fspath(source), name, move)
     try:
         with origin.opened(source) as found, uncollected():
             return _load_tensor(found, name, move, map_location)
@@ -51,6 +65,24 @@ def load_tensor(source: Source, name: str, *, map_location: Any = "cpu") -> torc
         if isinstance(error, HoldfastError):
             raise
         raise commit.storage_error(origin.title(source), "read", error) from error
+
+
+def _from_shards(path: str, name: str, move: Mover | None) -> torch.Tensor:
+    with sharded_bytes.opened(path) as directory:
+        entries = {entry.title: key for key, entry in directory.tensors().items()}
+        key = entries.get(name) or entries.get(f"state_dict/{name}")
+        if key is not None:
+            made = sharded_load.one(directory, key)
+            return made if move is None else sharded_load.moved(made, move)
+        rest = os.path.join(directory.place, directories.PAYLOAD)
+        names = {title.removeprefix("state_dict/") for title in entries}
+        with origin.opened(rest) as found:
+            try:
+                return _load_tensor(found, name, move, None)
+            except CheckpointIncompatible:
+                short, near = os.path.basename(os.path.abspath(path)), _nearest(name, sorted(names))
+                text = f"{short} holds no tensor {name!r}. The nearest names: {_listed(near)}."
+                raise CheckpointIncompatible(text, path=path) from None
 
 
 def _load_tensor(found: Origin, name: str, move: Mover | None, map_location: Any) -> torch.Tensor:

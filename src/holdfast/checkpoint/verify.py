@@ -9,8 +9,9 @@ import os
 import time
 from dataclasses import dataclass
 
-from holdfast.checkpoint import commit, container, integrity, origin
+from holdfast.checkpoint import commit, container, integrity, origin, sharded_bytes
 from holdfast.checkpoint.checksum import crc32
+from holdfast.checkpoint.directories import is_sharded
 from holdfast.checkpoint.foreign_archive import Archive
 from holdfast.checkpoint.integrity import Damage, Job
 from holdfast.checkpoint.own_file import corrupt, no_checkpoint, own_tail
@@ -30,8 +31,9 @@ class VerifyReport:
     """What was checked of a checkpoint, and found to be as it was written.
 
     Attributes:
-        path: The file.
-        records: How many parts it consists of: each tensor is one, or shares one with its views.
+        path: The file or directory.
+        records: How many parts it consists of: each tensor is one, or shares one with its views; of a sharded
+            checkpoint each file.
         size_bytes: Its length.
         seconds: How long it took.
         checked: "every byte": a file of holdfast, headers, padding and directory included. "zip checksums": a
@@ -52,7 +54,7 @@ def verify(path: origin.Source) -> VerifyReport:
     Nothing is unpickled and nothing kept: it takes a few MiB of memory, however large the file.
 
     Args:
-        path: What `holdfast.load` takes: a path, a URL or an open file.
+        path: What `holdfast.load` takes: a path, that of a sharded checkpoint too, a URL or an open file.
 
     Raises:
         CheckpointNotFound: there is no such file.
@@ -62,6 +64,10 @@ def verify(path: origin.Source) -> VerifyReport:
         StorageError: the disk or the connection failed.
     """
     begun = time.perf_counter()
+    if isinstance(path, (str, os.PathLike)) and not origin.is_url(path) and is_sharded(path):
+        found_files = sharded_bytes.verify(path)
+        spent = time.perf_counter() - begun
+        return VerifyReport(os.fspath(path), found_files.files, found_files.size_bytes, spent, EVERY_BYTE)
     try:
         with origin.opened(path) as found, uncollected():
             records, checked = _check(found)

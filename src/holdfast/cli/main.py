@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import holdfast
-from holdfast.cli import diff, inspect, ls, show, verify
+from holdfast.cli import diff, inspect, ls, merge, show, verify
 from holdfast.errors import HoldfastError
 
 FINE, FOUND, TROUBLE = 0, 1, 2
@@ -17,10 +17,10 @@ _BROKEN_PIPE, _INTERRUPTED = 141, 130  # what a shell says of a process that suc
 _EXAMPLES = """\
 examples:
   holdfast ls -r runs                      all checkpoints below runs
-  holdfast ls runs/a --monitor val_acc --mode max
   holdfast inspect runs/a/last.ckpt        also .pt, .pth, .safetensors and URLs
   holdfast verify runs && echo "all good"
   holdfast diff runs/a/last.ckpt runs/b/last.ckpt
+  holdfast merge runs/c/last.ckpt one.ckpt
 
 exit code: 0 fine, 1 something bad or different was found, 2 cannot be read
 """
@@ -39,7 +39,8 @@ nothing in the file is run: a class that it names is shown by its name."""
 
 _VERIFY = """\
 Read every byte of checkpoints and compare its checksum; name the tensor that
-is bad. Directories are searched to the bottom. Files of torch.save and
+is bad. Directories are searched to the bottom; one that is a sharded
+checkpoint is checked file by file. Files of torch.save and
 PyTorch Lightning have a checksum for each record too, but none for what is
 around them; other files have none, and that is said."""
 
@@ -48,6 +49,13 @@ Show what is different between two checkpoints: keys, shapes, dtypes,
 hyperparameters, and how far each module's weights have moved: the L2 norm of
 the change over that of A's numbers, and the largest change. A model alone in
 each file is compared with the other, whatever wrote it."""
+
+
+_MERGE = """\
+Write a sharded checkpoint, the directory that strategy="fsdp" saves, as one
+ordinary file: what one process would have saved. Every byte is checked first,
+and tensors are streamed: it takes a few megabytes of memory beside what is not
+in shards. The directory stays as it is."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,7 +121,15 @@ def parser() -> argparse.ArgumentParser:
     four.add_argument("second", metavar="B", help="another")
     four.add_argument("--tensors", action="store_true", help="list each tensor that has changed")
 
-    for each in (one, two, three, four):
+    five = command(
+        "merge", merge.run, "a sharded checkpoint as one file", _MERGE,
+        "  holdfast merge runs/a/last.ckpt merged.ckpt\n",
+    )  # fmt: skip
+    five.add_argument("directory", metavar="DIR", help="a sharded checkpoint")
+    five.add_argument("out", metavar="OUT", help="the file to write")
+    five.add_argument("--force", action="store_true", help="replace OUT if it is there")
+
+    for each in (one, two, three, four, five):
         each.add_argument("--json", action="store_true", help="print one JSON object; see docs/command.md")
     return top
 

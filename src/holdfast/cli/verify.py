@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.checkpoint import catalog, contents, origin
+from holdfast.checkpoint import catalog, choice, contents, directories, origin
 from holdfast.checkpoint.verify import EVERY_BYTE, NOTHING, ZIP_CHECKSUMS, verify
 from holdfast.cli import show
 from holdfast.cli.show import Cell, Page
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _files(paths: list[str]) -> Iterator[tuple[str, bool]]:
     """Each file that is meant, and whether it was named itself."""
     for path in paths:
-        if os.path.isdir(path):
+        if os.path.isdir(path) and not directories.is_sharded(path):
             entries = catalog.scan(path, recursive=True)
             if not entries:
                 show.complain(f"No *{catalog.SUFFIX} in {path} or below it.")
@@ -89,25 +90,33 @@ def _files(paths: list[str]) -> Iterator[tuple[str, bool]]:
 def _one(path: str, explicit: bool, seen: dict[tuple[int, int], str], place: str) -> Verdict | None:
     if os.path.islink(path) and not os.path.exists(path):
         return Verdict(path, "unread", error="It is a link to a file that does not exist.")
+    size = _size(path)
     try:
-        status = os.stat(path)
+        first = seen.setdefault(choice.identity(path), path)
     except OSError:  # a URL, or a name of nothing, which verify() has words for
-        status = None
-    if status is not None:
-        first = seen.setdefault((status.st_dev, status.st_ino), path)
-        if first != path:
-            return Verdict(path, "same", status.st_size, same_as=first)
-    with _Progress(place, path, status.st_size if status else 0):
+        first = path
+    if first != path:
+        return Verdict(path, "same", size, same_as=first)
+    with _Progress(place, path, size):
         try:
             return _verified(path)
         except CheckpointNotFound as error:
             gone = not explicit and not os.path.lexists(path)  # deleted since it was listed, for a newer one
             return None if gone else Verdict(path, "unread", error=str(error))
         except (CheckpointCorrupt, CheckpointIncomplete) as error:
-            size = status.st_size if status else 0
             return Verdict(path, "bad", size, error=str(error).partition("\nNewest whole checkpoint")[0])
         except HoldfastError as error:
             return Verdict(path, "unread", error=str(error))
+
+
+def _size(path: str) -> int:
+    """Length of a file, or of the files of a directory."""
+    with contextlib.suppress(OSError):
+        if directories.is_sharded(path):
+            place = directories.standing(path)
+            return sum(item.stat().st_size for item in os.scandir(place))
+        return os.stat(path).st_size
+    return 0
 
 
 def _verified(path: str) -> Verdict:

@@ -98,6 +98,12 @@ class Logger(ABC):
     def resume_in(self, version: int | str) -> None:
         """Go on in an existing ``version``; called before anything is written, if at all."""
 
+    def take_version(self, version: int | str | None) -> None:
+        """Be told, on another rank than 0, which version rank 0 writes; from now on it is this one's too.
+
+        Without it, ``version`` and ``log_dir`` are what this rank thinks. `Trainer.log_dir` is right anyway.
+        """
+
     def continues(self, state_dict: Mapping[str, Any]) -> bool:
         """Tell whether what is there already was logged by the run that a checkpoint's state is of.
 

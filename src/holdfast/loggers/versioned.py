@@ -75,6 +75,10 @@ class VersionedLogger(Logger):
         version = self.version
         return os.path.join(self.root_dir, version if isinstance(version, str) else f"version_{version}")
 
+    def take_version(self, version: int | str | None) -> None:
+        """Be told, on another rank than 0, which version rank 0 writes."""
+        self._version = version
+
     def continues(self, state_dict: Mapping[str, Any]) -> bool:
         """Tell whether the version was named by the user, and begins with what ``state_dict`` counts on."""
         return self._named and self._begins_with(state_dict)

@@ -9,16 +9,25 @@ from holdfast.utilities.lazy import lazily
 if TYPE_CHECKING:
     from holdfast.strategies.base import Strategy as Strategy
     from holdfast.strategies.ddp import DDPStrategy as DDPStrategy
+    from holdfast.strategies.fsdp import FSDPStrategy as FSDPStrategy
+    from holdfast.strategies.parallel import ParallelStrategy as ParallelStrategy
     from holdfast.strategies.single import SingleDeviceStrategy as SingleDeviceStrategy
 
-_HOMES = {"DDPStrategy": ".ddp", "SingleDeviceStrategy": ".single", "Strategy": ".base"}
+_HOMES = {
+    "DDPStrategy": ".ddp",
+    "FSDPStrategy": ".fsdp",
+    "ParallelStrategy": ".parallel",
+    "SingleDeviceStrategy": ".single",
+    "Strategy": ".base",
+}
 
-_ONE = "One process is what there is so far: use SingleDeviceStrategy, or Trainer(strategy='auto')."
+_SHARDED = "Use FSDPStrategy, which keeps weights, gradients and optimizer state in parts."
 
 # What Lightning has here and holdfast has not, and what to use instead.
-_LEFT_OUT = dict.fromkeys(
-    ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "ParallelStrategy", "XLAStrategy"), _ONE
-)
+_LEFT_OUT = {
+    **dict.fromkeys(("DeepSpeedStrategy", "ModelParallelStrategy"), _SHARDED),
+    "XLAStrategy": "TPUs are not supported: use SingleDeviceStrategy, DDPStrategy or FSDPStrategy.",
+}
 
 __all__ = sorted(_HOMES)
 

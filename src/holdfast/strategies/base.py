@@ -7,8 +7,8 @@ What a subclass overrides is looked up once, when a run starts, and called from 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from holdfast.accelerators.base import Accelerator
+    from holdfast.strategies.agreement import Agreement
     from holdfast.training.module import LightningModule
     from holdfast.training.precision import Precision
     from holdfast.training.trainer import Trainer
@@ -38,6 +39,14 @@ class Strategy(ABC):
     """
 
     strategy_name = "custom"
+    sharded: bool = False
+    """Whether a checkpoint is a directory to which every rank adds its part."""
+    shards_model: bool = False
+    """Whether each rank holds a part of every weight alone."""
+    agreement: Agreement | None = None
+    """What ranks agree on without a collective per step; None with one process."""
+    alone = False
+    """Whether the other processes are left out of what is exchanged: they have failed, or wait."""
 
     def __init__(
         self,
@@ -187,6 +196,18 @@ class Strategy(ABC):
             self._precision_plugin.convert_module(module)
         self.model_to_device()
 
+    def after_request(self, trainer: Trainer) -> None:
+        """Called when fit, validate, test or predict is over, and it went well."""
+
+    def explain(self, error: BaseException) -> BaseException:
+        """What really ended a request: the error, or what another process did that is behind it."""
+        return error
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether other processes cannot be reached any more, since the job has failed."""
+        return False
+
     def model_to_device(self) -> None:
         """Move the module to this process's device."""
         if self._lightning_module is not None:
@@ -210,6 +231,8 @@ class Strategy(ABC):
     def on_test_end(self) -> None: ...
     def on_predict_start(self) -> None: ...
     def on_predict_end(self) -> None: ...
+    def on_train_epoch_start(self) -> None: ...
+    def on_validation_epoch_start(self) -> None: ...
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None: ...
 
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -220,6 +243,53 @@ class Strategy(ABC):
     def handles_gradient_accumulation(self) -> bool:
         """Whether it counts batches between steps itself; here the loop does."""
         return False
+
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """A context for a backward behind which no step comes yet: processes need not agree on gradients."""
+        return nullcontext()
+
+    adds_up_apart = False
+    """Whether there are gradients that processes have added up by themselves and not averaged yet."""
+
+    def prepare_backward(self, loss: torch.Tensor) -> None:
+        """Called before each backward of manual optimization."""
+
+    def join_without_loss(self, *, counts: bool) -> torch.Tensor | None:
+        """Called instead of backward where ``training_step`` gave no loss: others may be waiting.
+
+        Args:
+            counts: If nobody has a loss, no gradient may be left behind.
+
+        Returns:
+            A loss of 0 if the optimizer is to step all the same.
+        """
+
+    def check_gradients(self) -> None:
+        """Make sure that all processes have the gradients of the last step; before anything is saved."""
+
+    def gradients_to_save(self, gradients: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        """Gradients as a checkpoint holds them. Ranks: all."""
+        return gradients
+
+    def reduction_order(self) -> list[str] | None:
+        """In which order gradients are averaged, if that is for a run that goes on to know. Ranks: all."""
+        return None
+
+    def resume_training(self, *, inside_window: bool, reduction_order: Sequence[str] | None = None) -> None:
+        """Called when all of a checkpoint is in place, just before the first batch.
+
+        Args:
+            inside_window: Gradients of earlier batches wait for those of the next ones.
+            reduction_order: What `reduction_order` gave in the run that it was saved by.
+        """
+
+    def keeps_buffers_equal(self, *, inside_window: bool) -> bool:
+        """Whether buffers are, or are made to be before their next use, rank 0's everywhere."""
+        return True
+
+    def gather(self, obj: T, dst: int = 0) -> list[T] | None:
+        """Return every process's object, by rank, on rank ``dst``; None elsewhere. Ranks: all."""
+        return [obj]
 
     # -- a step ----------------------------------------------------------------------------------------------
 

@@ -125,6 +125,20 @@ class LightningEnvironment(ClusterEnvironment):
         """NODE_RANK or GROUP_RANK, or 0."""
         return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
 
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """See to it that the machines of a job find each other.
+
+        Raises:
+            ConfigError: there are several, and nothing says where rank 0 is.
+        """
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if num_nodes > 1 and missing:
+            raise ConfigError(
+                f"Trainer(num_nodes={num_nodes}): {' and '.join(missing)} are to say where rank 0 is, and "
+                "NODE_RANK which machine this is. Set them on each machine, or start the job with torchrun "
+                "or srun."
+            )
+
     def teardown(self) -> None:
         """Forget the world size that was left to the processes of this job."""
         os.environ.pop("WORLD_SIZE", None)
@@ -157,6 +171,10 @@ class TorchElasticEnvironment(ClusterEnvironment):
         """WORLD_SIZE."""
         return int(os.environ.get("WORLD_SIZE", "1"))
 
+    def local_world_size(self) -> int:
+        """LOCAL_WORLD_SIZE."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
     def set_world_size(self, size: int) -> None:
         """Nothing: torchrun has set it."""
 
@@ -181,11 +199,7 @@ class TorchElasticEnvironment(ClusterEnvironment):
         Raises:
             ConfigError: they differ.
         """
-        if num_devices * num_nodes != self.world_size():
-            raise ConfigError(
-                f"torchrun started {self.world_size()} processes, but Trainer(devices={num_devices}, "
-                f"num_nodes={num_nodes}) means {num_devices * num_nodes}. Make them equal."
-            )
+        _check_total("torchrun started", "processes", self.world_size(), num_devices, num_nodes)
 
 
 class SLURMEnvironment(ClusterEnvironment):
@@ -331,6 +345,24 @@ class SLURMEnvironment(ClusterEnvironment):
                 raise ConfigError(
                     f"Trainer({name}={ours}) differs from SLURM's {variable}={theirs}. Make them equal."
                 )
+        _check_total("SLURM started", "tasks", self.world_size(), num_devices, num_nodes)
+
+
+def find_environment() -> ClusterEnvironment:
+    """What has started this process."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment() if SLURMEnvironment.detect() else LightningEnvironment()
+
+
+def _check_total(who: str, what: str, started: int, num_devices: int, num_nodes: int) -> None:
+    if num_devices * num_nodes == started:
+        return
+    alone = ", or use strategy='single_device' for a run of this process alone"
+    raise ConfigError(
+        f"{who} {started} {what}, but Trainer(devices={num_devices}, num_nodes={num_nodes}) means "
+        f"{num_devices * num_nodes}. Make them equal{alone if num_devices * num_nodes == 1 else ''}."
+    )
 
 
 def _free_port() -> int:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.save_line import format_seconds, format_size
 
@@ -74,6 +74,14 @@ class CheckpointStats:
         self._write_s += report.write_s if report.write_s > 0 else report.durable_s
         self._clock.leave_out(report.waited_s)
         self.reports.append(report)
+
+    def figures(self) -> dict[str, Any]:
+        """Return all that it counts, for `take` in another process; the clock of steps stays."""
+        return {name: value for name, value in vars(self).items() if name != "_clock"}
+
+    def take(self, figures: dict[str, Any]) -> None:
+        """Take over what another process has counted of the same saves."""
+        vars(self).update(figures)
 
     # -- the clock: called where batches, a validation, a save begin or end, never in between ----------------
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from holdfast.training.data import BatchStream
+from holdfast.training.sharding import grid_of
 from holdfast.utilities.combined_loader import CombinedLoader, Rounds, combined_length, could_be_iterated
 from holdfast.utilities.rank_zero import rank_zero_warn
 
@@ -96,6 +97,7 @@ class CombinedStream:
             "begin": None,
             "batch_size": None,
         }
+        state |= {"order": parts[0]["order"]} if parts and "order" in parts[0] else {}
         rounds = self._rounds
         if mid_epoch and rounds is not None:
             state["begin"] = {"parts": parts}
@@ -159,10 +161,10 @@ class CombinedStream:
 
     def _warn_of_sizes(self, saved: list[dict[str, Any]]) -> None:
         for index, (part, own) in enumerate(zip(self.parts, saved, strict=True)):
-            size = getattr(part.loader, "batch_size", None)
-            if size != own["batch_size"]:
+            then, now = grid_of(own), part.shares.grid
+            if then is not None and now is not None and not then.alike(now):
                 rank_zero_warn(
-                    f"The batch size of training loader {index} was {own['batch_size']} and is {size}: this "
+                    f"The batch size of training loader {index} was {then.size} and is {now.size}: this "
                     "epoch goes on at the same number of batches, and so at another row."
                 )
 

@@ -119,16 +119,12 @@ def check_clipping(value: Any, algorithm: Any) -> None:
         raise ConfigError(f"Trainer(gradient_clip_algorithm={algorithm!r}): expected 'norm' or 'value'.")
 
 
-def check_single_process(sync_batchnorm: bool, model_registry: str | None) -> None:
-    """Refuse what has a meaning with several processes only, or with services that there are not.
+def check_registry(model_registry: str | None) -> None:
+    """Refuse a service that there is not.
 
     Raises:
-        ConfigError: something of that is asked for.
+        ConfigError: it is asked for.
     """
-    if sync_batchnorm:
-        raise ConfigError(
-            "Trainer(sync_batchnorm=True) has a meaning with several processes only, and there is one so far."
-        )
     if model_registry is not None:
         raise ConfigError(
             f"Trainer(model_registry={model_registry!r}) is not there. Upload checkpoints in a logger's "

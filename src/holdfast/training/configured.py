@@ -136,6 +136,9 @@ def step_schedulers(trainer: Trainer, interval: str, *, plateau: bool) -> None:
         if config.reduce_on_plateau:
             available = trainer.callback_metrics
             metric = available.get(config.monitor or "")
+            if trainer.world_size > 1:
+                # Every rank goes by rank 0's: other learning rates would make them other models.
+                metric = trainer.strategy.broadcast(metric)
             if metric is None:
                 message = (
                     f"ReduceLROnPlateau watches {config.monitor!r}, which was not logged. "

@@ -12,22 +12,27 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader
 
-from holdfast.errors import CheckpointIncompatible
-from holdfast.training import own_generators, replay, rng, workers
+from holdfast.training import own_generators, replay, rng, same_data, workers
 from holdfast.training.batch_size import batch_size_of as batch_size_of
 from holdfast.training.loader_kinds import (
     copy_of,
-    has_state,
     is_known_sampler,
     iterates_later,
     never_draws,
     way_of,
 )
+from holdfast.training.loader_parts import (
+    described_to_compare,
+    generators_of_samplers,
+    samplers_of,
+    samplers_with_state,
+)
 from holdfast.training.loader_state import LoaderState
 from holdfast.training.seeded import SeededSampler, draw_as_a_loader_does
-from holdfast.utilities.attributes import attributes_of
+from holdfast.training.sharding import Job
+from holdfast.training.shares import Shares
 from holdfast.utilities.combined_loader import length_of
 
 
@@ -42,6 +47,7 @@ class BatchStream:
         rank: Rank of this process; part of the seed.
         shield: Signals that the loader's workers ignore; see `workers.signals_of_the_run`.
         replaying: Told of data that has to be read again.
+        job: The processes that share the data; None for one that draws as torch does.
     """
 
     def __init__(
@@ -54,16 +60,22 @@ class BatchStream:
         rank: int = 0,
         shield: tuple[int, ...] = (),
         replaying: replay.Replaying = replay.silently,
+        job: Job | None = None,
     ) -> None:
         self.loader = loader
+        self.stage, self.index, self.job = stage, index, job
         self.way = way_of(loader)
         """How it comes back to a position: "sought", "stateful" or "replayed"."""
         self.seekable, self.stateful = self.way == "sought", self.way == "stateful"
+        self.shares = Shares(loader, job, self.way)
+        """How its rows are shared by the processes of the job."""
         self.position = 0
         self.limit: int | float = float("inf")
         """Batches after which the loop stops reading an epoch."""
         self.isolation = rng.Isolation()
         self.seed_base = 0
+        self.order_base = 0
+        """What an order that has to be the same on every rank is drawn from."""
         self._seed_parts = (seed, stage, index, rank)
         self._shield, self._replaying = shield, replaying
         self._iterable = loader
@@ -73,7 +85,8 @@ class BatchStream:
         self._waiting: Iterator[Any] | None = None
         self._ahead = False
         """Whether the loop has fetched one batch more than it will have used."""
-        self._order: SeededSampler | None = None
+        self.order: SeededSampler | None = None
+        """What stands in for the (batch) sampler of a loader that is sought."""
         self.rows: deque[list[Any]] | None = None
         """The dataset's rows of each batch on its way, oldest first; None unless `note_rows` was called."""
         self.workers = isinstance(loader, DataLoader) and loader.num_workers > 0
@@ -82,7 +95,7 @@ class BatchStream:
         self.isolated = not self.workers
         self.has_foreign_sampler = False
         if self.seekable:
-            samplers = [sampler for sampler in self._samplers().values() if sampler is not loader]
+            samplers = [sampler for sampler in self.samplers() if sampler is not loader]
             self.has_foreign_sampler = not all(map(is_known_sampler, samplers))
             self.isolated = not self.workers and not never_draws(loader)
             self._iterable = self._seeded_copy(loader)
@@ -96,39 +109,28 @@ class BatchStream:
     def _seeded_copy(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         seeded: DataLoader[Any] = copy_of(loader)
         name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        self._order = SeededSampler(getattr(loader, name), self)
-        seeded.__dict__[name] = self._order
+        self.order = SeededSampler(getattr(loader, name), self)
+        seeded.__dict__[name] = self.order
         return seeded
 
     def another(self, stage: str) -> BatchStream:
         """A stream over the same loader, with seeds of its own; this one stays where it is."""
         seed, _, index, rank = self._seed_parts
-        return BatchStream(self.loader, stage=stage, index=index, seed=seed, rank=rank, shield=self._shield)
+        return BatchStream(
+            self.loader, stage=stage, index=index, seed=seed, rank=rank, shield=self._shield, job=self.job
+        )
 
     def length(self) -> int | None:
         """Number of batches in an epoch, or None where the loader cannot tell."""
-        return length_of(self.loader)
+        return self.shares.length() if self.shares.splits else length_of(self.loader)
 
     def describe(self) -> dict[str, Any]:
         """What an exact resume depends on: the way it is read, workers, order, rows, and what draws in it."""
-        loader = self.loader
-        dataset = getattr(loader, "dataset", None)
-        count = getattr(loader, "num_workers", 0)
-        return {
-            "kind": self.way,
-            "loader": replay.described(loader),
-            "iterable": not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset),
-            "workers": count,
-            "in_order": count == 0 or getattr(loader, "in_order", True),
-            "batch_size": getattr(loader, "batch_size", None),
-            "rows": None if dataset is None else length_of(dataset),
-            "foreign_sampler": self.has_foreign_sampler,
-            "keeps_generators": self.reads_here,
-        }
+        return described_to_compare(self)
 
     def samplers(self) -> list[Any]:
         """The loader and every sampler that it draws from."""
-        return list(self._samplers().values())
+        return list(samplers_of(self.loader).values())
 
     def kept_generators(self) -> list[Any]:
         """The generators of the data's own whose states are in a checkpoint."""
@@ -141,36 +143,21 @@ class BatchStream:
 
     # -- the state of the data at the start of an epoch, and its position -----------------------------------
 
-    def _samplers(self) -> dict[str, Any]:
-        """The loader and every sampler it draws from, samplers inside of samplers too, each by its path."""
-        found: dict[str, Any] = {"loader": self.loader}
-        roots = [(name, getattr(self.loader, name, None)) for name in ("batch_sampler", "sampler")]
-        waiting = [(name, sampler) for name, sampler in roots if sampler is not None]
-        while waiting:
-            path, sampler = waiting.pop(0)
-            if any(sampler is known for known in found.values()):
-                continue
-            found[path] = sampler
-            for name, value in attributes_of(sampler):
-                if isinstance(value, Sampler) or name in ("sampler", "batch_sampler"):
-                    waiting.append((f"{path}.{name}", value))
-        return found
-
     def begin_state(self) -> dict[str, Any]:
         """What `start` needs to produce this epoch again: every generator and sampler it will draw from."""
-        state: dict[str, Any] = {"generators": rng.capture(), "samplers": {}}
+        # A seeded order needs none of the generators, which are each rank's own.
+        state: dict[str, Any] = {} if self.shares.seeds is not None else {"generators": rng.capture()}
+        state["samplers"] = {}
         state["own"] = {path: rng.state_of(generator) for path, generator in self._generators()}
-        for path, owner in self._samplers().items():
-            if owner is not self.loader and has_state(owner):
-                state["samplers"][path] = copy.deepcopy(owner.state_dict())
+        if self.shares.seeds is not None:
+            state["order_seeds"] = list(self.shares.seeds)
+        for path, owner in samplers_with_state(self.loader):
+            state["samplers"][path] = copy.deepcopy(owner.state_dict())
         return state
 
     def _generators(self) -> Iterator[tuple[str, Any]]:
         """The generators of its own that the data draws from in this process, each by its path."""
-        for path, owner in self._samplers().items():
-            for name, value in attributes_of(owner):
-                if own_generators.is_generator(value):
-                    yield f"{path}.{name}", value
+        yield from generators_of_samplers(self.loader)
         if self.reads_here:
             yield from own_generators.reachable(self.loader.dataset, "dataset")
             yield from own_generators.reachable(self.loader.collate_fn, "collate_fn")
@@ -184,26 +171,36 @@ class BatchStream:
         """Put the loader's own generators and samplers back (the global ones are the caller's)."""
         if self._own is not None:
             self._own.restore_between_epochs(state)
-        for path, generator in self._generators():
+        self.restore_order(state, self._generators())
+
+    def restore_order(self, state: dict[str, Any], generators: Iterator[tuple[str, Any]]) -> None:
+        """Put back what the order is drawn from: samplers, and these generators."""
+        for path, generator in generators:
             if path in state["own"]:
                 rng.set_state_of(generator, state["own"][path])
-        for path, owner in self._samplers().items():
-            if path in state["samplers"] and has_state(owner):
+        if self.shares.seeds is not None:
+            self.shares.seeds = list(state.get("order_seeds", self.shares.seeds))
+        for path, owner in samplers_with_state(self.loader):
+            if path in state["samplers"]:
                 owner.load_state_dict(state["samplers"][path])
 
     def state(self, mid_epoch: bool) -> dict[str, Any]:
         """The data's part of a checkpoint; ``mid_epoch`` says that an epoch is under way."""
         now = self.begin_state()
-        del now["generators"]
+        now.pop("generators", None)
         if isinstance(self.loader, DataLoader):
             now["workers"] = self.loader.num_workers
         now |= {} if self._own is None else self._own.between_epochs()
         state: dict[str, Any] = {"now": now, "batch_size": getattr(self.loader, "batch_size", None)}
+        if self.job is not None:
+            state["order"] = self.job.order
         if mid_epoch:
+            if self.shares.grid is not None:
+                state["grid"] = self.shares.grid.state()
             state["begin"] = self._begin
             state["ahead"] = self._ahead
-            if self._order is not None:
-                state["drawn"], state["ended"] = self._order.drawn, self._order.ended
+            if self.order is not None:
+                state["drawn"], state["ended"] = self.order.drawn, self.order.ended
             state |= {} if self._own is None else self._own.in_epoch()
         return state
 
@@ -217,7 +214,9 @@ class BatchStream:
             again: How often the data was begun in this epoch before: beside longer data it goes round.
         """
         self.begin(epoch, again)
-        return self._batches(0)
+        if self.job is not None:
+            self.draw()
+        return self.open()
 
     def begin(self, epoch: int, again: int = 0) -> None:
         """The first step of `start`: draw what a loader draws when it is iterated."""
@@ -229,8 +228,13 @@ class BatchStream:
         if self._own is not None:
             self._own.begin()
         self.leave()
-        if self._order is not None:
-            self._order.sought = None
+        self.shares.begin()
+        if self.job is not None:
+            same_data.check(self)
+        if self.order is not None:
+            self.order.sought = None
+            if self.shares.seeds is not None:
+                return
             # DataLoader draws one number from the run's generator for its workers: when they are started, so
             # not in later epochs of persistent ones, which a run that resumes there could not follow. The
             # copy draws its own from elsewhere; this one keeps the order of rows that torch gives for the
@@ -239,8 +243,13 @@ class BatchStream:
 
     def draw(self) -> None:
         """A step between `begin` and `open`: draw the epoch's order now, not when a batch is asked for."""
-        if self._order is not None:
-            self._order.seek(0, ended=False)
+        if self.order is None:
+            return
+        job = self.job
+        if job is None or job.seeded or job.ranks == 1:
+            self.order.seek(0, ended=False)
+            return
+        self._begin = same_data.draw_together(self)
 
     def resume(
         self, epoch: int, position: int, state: dict[str, Any], *, nothing_left: bool
@@ -273,17 +282,20 @@ class BatchStream:
         self._waiting = iter(())
         if nothing_left:
             return
-        rng.restore(state["begin"]["generators"])
+        if self.shares.seeds is None:
+            rng.restore(state["begin"]["generators"])
         self.restore_begin(state["begin"])
-        if self._order is None:
+        if self.order is None:
             self._waiting = self._read_up_to(position, state)
             return
         self.position, self._waiting = position, None
-        if not state["begin"].get("loader_drew"):
+        same_size = self.shares.resume(state)
+        if self.job is not None:
+            same_data.check(self)
+        if self.shares.seeds is None and not state["begin"].get("loader_drew"):
             draw_as_a_loader_does(self.loader)
-        same_size = state.get("batch_size") == getattr(self.loader, "batch_size", None)
         drawn = (state.get("drawn") if same_size else None) or position + self._ahead
-        self._order.seek(drawn, ended=same_size and bool(state.get("ended")))
+        self.order.seek(drawn, ended=same_size and bool(state.get("ended")))
 
     def _read_up_to(self, position: int, state: dict[str, Any]) -> Iterator[Any]:
         """The batches of a loader that is not sought, from the position on."""
@@ -297,17 +309,9 @@ class BatchStream:
                 self.loader.load_state_dict(state["loader"])
         batches = self._batches(position if stands_there else 0)
         if not stands_there:
-            self._replay(batches, position)
+            numbers = self._replaying(self.loader, self.index, position)
+            replay.read_again(batches, numbers, position)
         return batches if self.stateful else self._caught_up(batches)
-
-    def _replay(self, batches: Iterator[Any], count: int) -> None:
-        end = object()
-        for index in self._replaying(self.loader, self._seed_parts[2], count):
-            if next(batches, end) is end:
-                raise CheckpointIncompatible(
-                    f"The checkpoint is {count} batches into the epoch, but the training data ended after "
-                    f"{index}. Give the run the data it was started with."
-                )
 
     def _caught_up(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches; if the loop was one ahead, that one is fetched already."""
@@ -327,14 +331,17 @@ class BatchStream:
         """The last step of `resume`: the batches from the position on."""
         if self._waiting is None:
             # Not before: workers that fetch ahead have the sampler draw ahead.
-            return self._caught_up(self._batches(0))
+            batches = self._caught_up(self._batches(0))
+            return batches if self.job is None else same_data.compared(self, batches)
         return self._waiting
 
     def _seed(self, epoch: int, again: int) -> None:
-        self.seed_base = rng.derive(*self._seed_parts, epoch, *([again] if again else []))
+        now = [epoch, again] if again else [epoch]
+        self.seed_base = rng.derive(*self._seed_parts, *now)
+        self.order_base = rng.derive(*self._seed_parts[:3], 0, *now) if self.job else self.seed_base
         if self.rows is not None:
             self.rows.clear()
-        for sampler in self._samplers().values():
+        for sampler in self.samplers():
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
 

@@ -15,9 +15,10 @@ from holdfast.errors import ConfigError
 from holdfast.training import workers
 from holdfast.training.combined import CombinedStream, as_one_loader, make_stream
 from holdfast.training.data import BatchStream
-from holdfast.training.hooks import bind, bind_step, call, profiled_items
+from holdfast.training.hooks import bind, bind_step, call, may_log, profiled_items
 from holdfast.training.progress import RunningStage
 from holdfast.training.results import Entry, Results
+from holdfast.training.sharding import job_of
 from holdfast.training.sources import processed, with_every_row
 from holdfast.training.transfer import make_transfer
 from holdfast.utilities.combined_loader import CombinedLoader, combined_length
@@ -96,13 +97,19 @@ class EvaluationLoop:
         stage: Which stage.
         loaders: One loader or several.
         limit: The trainer's limit for this stage, and the argument's name for messages.
+        order: The rule by which the run that it is part of has its rows in order; see `sharding.job_of`.
 
     Raises:
         ConfigError: they are to be predicted on, and combined side by side.
     """
 
     def __init__(
-        self, trainer: Trainer, stage: RunningStage, loaders: Any, limit: tuple[int | float, str]
+        self,
+        trainer: Trainer,
+        stage: RunningStage,
+        loaders: Any,
+        limit: tuple[int | float, str],
+        order: str | None = None,
     ) -> None:
         self.trainer = trainer
         self.stage = stage
@@ -125,10 +132,11 @@ class EvaluationLoop:
                 )
         elif combined is None:
             parts = []
+        job = job_of(trainer, order)
         self.streams: list[BatchStream | CombinedStream] = [
             make_stream(
                 part, stage=self.prefix, index=i, seed=trainer.seed, rank=trainer.global_rank,
-                shield=workers.signals_of_the_run(trainer),
+                shield=workers.signals_of_the_run(trainer), job=job,
             )
             for i, part in enumerate(parts)
         ]  # fmt: skip
@@ -184,7 +192,8 @@ class EvaluationLoop:
         module._results = None if trainer.barebones else results
         modes = trainer.training_modes = {child: child.training for child in module.modules()}
         # What a model keeps of its validation during fit, such as a cache, has to be fit for training.
-        inference = trainer.inference_mode and trainer.state.fn != "fit"
+        # And tensors that are made here to gather sharded weights in are used again by a fit.
+        inference = trainer.inference_mode and trainer.state.fn != "fit" and not trainer.strategy.shards_model
         no_grad = torch.inference_mode if inference else torch.no_grad
         self._longest = 0
         keeps = self._prepare_for_writers() or keep_outputs
@@ -200,6 +209,8 @@ class EvaluationLoop:
                 results.dataloader_idx = None
                 results.batch = results.batch_size = None
                 results.epoch_ended = True
+                if prefix != "predict":
+                    trainer.metrics.end(results, more=partial(may_log, trainer, f"on_{prefix}_epoch_end"))
                 call(trainer, f"on_{prefix}_epoch_end")
                 if self.stage is RunningStage.SANITY_CHECKING:
                     trainer.metrics.show(results)
@@ -210,7 +221,9 @@ class EvaluationLoop:
             if self.stage is RunningStage.VALIDATING:
                 trainer.progress.validation_batches += self._longest
         finally:
-            values = self._outputs if keep_outputs else self._per_loader(results)
+            # Not after an error: the other ranks are not here to compute a metric together.
+            ended = results.epoch_ended
+            values = self._outputs if keep_outputs else self._per_loader(results) if ended else []
             results.reset()
             self.epoch_batch_indices = []
             self._outputs = self._outputs if keep_outputs else []
@@ -260,7 +273,7 @@ class EvaluationLoop:
         if limit <= 0:
             return
         counts_steps = self.stage is RunningStage.VALIDATING and trainer.state.fn == "fit"
-        batch_idx = -1
+        batch_idx, again = -1, _given_to_others_too(stream)
         stream.limit = limit
         batches = profiled_items(trainer, _FETCHES[prefix], stream.start(number))
         for batch_idx, batch in enumerate(batches):
@@ -269,7 +282,7 @@ class EvaluationLoop:
                 self.epoch_batch_indices[index].append(self.current_batch_indices)
             if transfer is not None:
                 batch = transfer(batch, index)
-            results.batch, results.batch_size = batch, None
+            results.batch, results.batch_size = batch, (0 if batch_idx == again else None)
             results.fx = batch_start
             for hook in starts:
                 hook(batch, batch_idx)
@@ -295,7 +308,8 @@ class EvaluationLoop:
         if not results.entries or self.stage is RunningStage.SANITY_CHECKING:
             return
         current = results.dataloader_idx
-        metrics = results.step_metrics(lambda entry: entry.logger and entry.loader == current)
+        wanted = lambda entry: entry.logger and entry.loader == current  # noqa: E731
+        metrics = self.trainer.metrics.step(results, wanted)
         if metrics:
             self.trainer.metrics.logged.update(metrics)
             before = self.trainer.progress.validation_batches if counts_steps else 0
@@ -311,6 +325,16 @@ class EvaluationLoop:
             found = results.epoch_metrics(partial(_is_result, index))
             values.update({name: value.item() for name, value in found.items()})
         return per_loader
+
+
+def _given_to_others_too(stream: BatchStream | CombinedStream) -> int | None:
+    """The number of the batch that another rank has too, for lack of rows: in the mean it counts once."""
+    shares = getattr(stream, "shares", None)
+    units = shares.units() if shares is not None and shares.splits and not shares.drop_last else None
+    if shares is None or units is None or shares.grid is None:
+        return None
+    whole, left = divmod(units, shares.grid.size)
+    return whole if 0 < left <= shares.rank else None
 
 
 def _is_result(loader: int, entry: Entry) -> bool:

@@ -10,11 +10,11 @@ from holdfast.training import rng, workers
 from holdfast.training.combined import CombinedStream, make_stream
 from holdfast.training.data import BatchStream
 from holdfast.training.evaluation import EvaluationLoop, count_batches
-from holdfast.training.progress import RunningStage
+from holdfast.training.progress import BATCH, VALIDATED, RunningStage
 from holdfast.training.replay import Replay
+from holdfast.training.sharding import job_of
 from holdfast.training.sources import in_order, processed
 from holdfast.training.validation_schedule import batches_between
-from holdfast.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
@@ -46,10 +46,18 @@ class FitData:
         self._load = {"train": load_train, "val": load_val}
         self._reload_every: int = trainer.reload_dataloaders_every_n_epochs
         resumed = resumed or {}
+        self.order: str | None = self._rule_of(resumed)
+        """The rule by which the run has its rows in order; None if it begins here."""
         self.asked: dict[str, Any] = {}
         """When each kind of loader was asked for; part of the progress."""
         self._asked_before: dict[str, Any] = dict(resumed.get("progress", {}).get("loaders") or {})
         self._validation_data: list[dict[str, Any]] = resumed.get("validation_data") or []
+
+    @staticmethod
+    def _rule_of(resumed: dict[str, Any]) -> str | None:
+        data = resumed.get("data")
+        # Files without a rule are of one process; those without the data's state are somebody else's.
+        return None if not data else str(data.get("order", "drawn"))
 
     # -- training's ------------------------------------------------------------------------------------------
 
@@ -64,6 +72,7 @@ class FitData:
         self.stream = make_stream(
             loader, stage="train", index=0, seed=trainer.seed, rank=trainer.global_rank,
             shield=workers.signals_of_the_run(trainer), replaying=Replay(trainer),
+            job=job_of(trainer, self.order),
         )  # fmt: skip
         self.batches = count_batches(self.stream.length(), trainer.limit_train_batches, "limit_train_batches")
         self.stream.limit = self.batches
@@ -79,17 +88,21 @@ class FitData:
             self.stream.close()
             self._make_stream()
 
-    def translate_position(self, saved: int | None) -> None:
-        """Batches of another size than ``saved``: go on at the same row, or at the batch that holds it."""
-        progress, now = self.trainer.progress, getattr(self.stream and self.stream.loader, "batch_size", None)
-        if not isinstance(saved, int) or not isinstance(now, int) or saved == now:
+    def translate_position(self, data: dict[str, Any]) -> None:
+        """Batches of another size than in the checkpoint: go on at the same row.
+
+        Args:
+            data: The checkpoint's part about the training data, of an epoch that was under way.
+        """
+        progress, stream = self.trainer.progress, self.stream
+        if not isinstance(stream, BatchStream):
             return
-        rows = progress.batch * saved
-        progress.batch = rows // now
-        rank_zero_info(
-            f"the batch size was {saved} and is {now}: the epoch goes on at batch {progress.batch}, "
-            f"row {progress.batch * now}; {rows} rows of it were done"
-        )
+        progress.batch = stream.shares.locate(progress.batch, data)
+        grid = stream.shares.grid
+        if progress.stage == BATCH and grid is not None and grid.first != (0, 0):
+            # No batch ends here, for which validation could be due.
+            progress.stage = VALIDATED
+            progress.batches_that_stepped += 1
 
     # -- validation's ----------------------------------------------------------------------------------------
 
@@ -108,7 +121,9 @@ class FitData:
             if stage is not RunningStage.SANITY_CHECKING:
                 trainer.state.stage = RunningStage.VALIDATING
             try:
-                self.validation = EvaluationLoop(trainer, RunningStage.VALIDATING, self._ask("val"), limit)
+                self.validation = EvaluationLoop(
+                    trainer, RunningStage.VALIDATING, self._ask("val"), limit, self.order
+                )
             finally:
                 trainer.state.stage = stage
             saved, self._validation_data = self._validation_data, []

@@ -32,6 +32,11 @@ def gradients(trainer: Trainer, *, half_window: bool) -> dict[str, Tensor] | Non
         trainer: Whose run.
         half_window: More batches are to be added to the gradients that there are.
     """
+    found = _gradients(trainer, half_window)
+    return trainer.strategy.gradients_to_save(found)
+
+
+def _gradients(trainer: Trainer, half_window: bool) -> dict[str, Tensor] | None:
     module = trainer.lightning_module
     plain = plain_names(module)
     found = {plain(name): (one, one.grad) for name, one in module.named_parameters() if one.grad is not None}

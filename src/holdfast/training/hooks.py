@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from holdfast.strategies.base import Strategy
 from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.nested import move_to_device
 
@@ -105,8 +106,11 @@ class ModuleHooks:
 class DataHooks:
     """Hooks about data that a module and a datamodule share."""
 
+    prepare_data_per_node = True
+    """Whether one process of each machine prepares the data, or one of the whole job."""
+
     def prepare_data(self) -> None:
-        """Download and the like; called by one process. Set no state here."""
+        """Download and the like; called by one process, while the others wait. Set no state here."""
 
     def setup(self, stage: str) -> None:
         """Called by every process before a stage: "fit", "validate", "test" or "predict"."""
@@ -173,10 +177,18 @@ def bind(trainer: Trainer, name: str, *, only: str = "") -> tuple[Callable[..., 
     ):
         action = f"[LightningModule]{type(module).__name__}.{name}"
         bound.append(profiled(trainer, action, getattr(module, name)))
-    if not only and hasattr(strategy, name) and is_overridden(name, strategy):
+    if not only and hasattr(strategy, name) and _strategy_has_its_own(name, strategy):
         action = f"[Strategy]{type(strategy).__name__}.{name}"
         bound.append(profiled(trainer, action, getattr(strategy, name)))
     return tuple(bound)
+
+
+def may_log(trainer: Trainer, name: str) -> bool:
+    """Whether code that is not holdfast's own runs in a hook: only that may call ``self.log`` there."""
+    hooks = [getattr(callback, name) for callback in trainer.callbacks if callback.uses_hook(name)]
+    if is_overridden(name, trainer.lightning_module):
+        hooks.append(getattr(trainer.lightning_module, name))
+    return any(not getattr(hook, "__module__", "").startswith("holdfast.") for hook in hooks)
 
 
 def call(trainer: Trainer, name: str, *args: Any, only: str = "") -> None:
@@ -190,6 +202,11 @@ def call(trainer: Trainer, name: str, *args: Any, only: str = "") -> None:
         results.fx = before
 
 
+def _strategy_has_its_own(name: str, strategy: Strategy) -> bool:
+    """Whether it does more for a hook or a step than the one that all strategies have."""
+    return is_overridden(name, strategy) or is_overridden(name, strategy, Strategy)
+
+
 def bind_step(trainer: Trainer, name: str) -> tuple[Callable[..., Any], AbstractContextManager[Any] | None]:
     """A step of the module and the context to enter around it: the strategy's step where it overrides it.
 
@@ -200,8 +217,8 @@ def bind_step(trainer: Trainer, name: str) -> tuple[Callable[..., Any], Abstract
     strategy = trainer.strategy
     context = trainer.precision_plugin.context
     step: Callable[..., Any] = getattr(trainer.lightning_module, name)
-    if is_overridden(name, strategy):
-        # Behind it is `Strategy`'s own, which enters the context. It gets what the module's takes.
+    if _strategy_has_its_own(name, strategy):
+        # It enters the context, or `Strategy`'s own behind it does. It gets what the module's takes.
         step, context = wraps(step)(partial(getattr(strategy, name))), None
     return profiled(trainer, f"[Strategy]{type(strategy).__name__}.{name}", step), context
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from holdfast.checkpoint import reserved
 from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO
 from holdfast.checkpoint.engine import PendingSave, SnapshotChanged
 from holdfast.checkpoint.report import SaveReport, tell_omissions
+from holdfast.training import agreed
 from holdfast.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ class InFlight:
         group: the callbacks that share it, each with its plan.
         batches: how many batches are trained in it; None where a run cannot go on from it exactly.
         on_error: what to do if it fails.
-        pending: the engine's save in the background, or None.
+        pending: the engine's save in the background, or None: there is none, or rank 0 has it.
         report: what it cost, once that is known.
+        tick: the safe point that it was begun at.
+        ended: for who saves it in the background: called when it is durable or has failed, by any thread.
     """
 
     group: list[tuple[Checkpoint, SavePlan]]
@@ -48,6 +51,8 @@ class InFlight:
     on_error: str
     pending: PendingSave | None = None
     report: SaveReport | None = None
+    tick: int = 0
+    ended: Callable[[], None] = lambda: None
 
 
 def settle(trainer: Trainer, *, wait: bool = True) -> None:
@@ -55,12 +60,23 @@ def settle(trainer: Trainer, *, wait: bool = True) -> None:
 
     Args:
         trainer: Whose saves.
-        wait: Also wait for the one that has not ended yet.
+        wait: Also wait for the one that has not ended yet. Several processes only ever settle together, so
+            without it they do nothing.
+
+    Ranks: all, at the same point. With ``wait``, what rank 0's saves have come to is told there.
 
     Raises:
         Exception: the one that ended a save, unless its callbacks want that said only; what they had stays.
     """
     in_flight = trainer.saves_in_flight
+    together = agreed.together(trainer)
+    if together and not wait:
+        return
+    if trainer.strategy.alone and not trainer.is_global_zero:
+        for save in in_flight:  # what becomes of it only rank 0 will know
+            roll_back(trainer, save.group)
+        in_flight.clear()
+        return
     if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
         if wait:
             _settle_plugin(trainer, trainer.strategy.own_checkpoint_io)
@@ -76,34 +92,55 @@ def _ended(save: InFlight) -> bool:
 
 def _settle_one(trainer: Trainer, save: InFlight) -> None:
     in_flight, stats = trainer.saves_in_flight, trainer.checkpoint_stats
-    pending, began = save.pending, time.monotonic()
-    assert pending is not None
     # Whoever interrupts the waiting has heard of no end yet, so the save stays in flight.
-    try:
-        save.report = pending.wait()
-    except SnapshotChanged:
-        in_flight.remove(save)
+    save.report, waited_s, problem = _outcome(trainer, save)
+    in_flight.remove(save)
+    if isinstance(problem, SnapshotChanged):
         stats.discarded += 1
         roll_back(trainer, save.group)
         for callback, plan in save.group:
             callback.discarded(trainer, plan)
-    except Exception as error:
-        in_flight.remove(save)
+    elif problem is not None:
         roll_back(trainer, save.group)
-        failed(trainer, save, error)
+        failed(trainer, save, problem)
     else:
-        in_flight.remove(save)
-        stats.queued_s += time.monotonic() - began
+        assert save.report is not None
+        stats.queued_s += waited_s
         stats.add(save.report)
         tell_omissions(save.report.omissions)
         tell_committed(trainer, save)
 
 
+def _outcome(trainer: Trainer, save: InFlight) -> tuple[SaveReport | None, float, Exception | None]:
+    """Wait for a save; return what it did, how long it was waited for in seconds, and what it failed with."""
+    pending, began = save.pending, time.monotonic()
+    report, problem = None, None
+    if pending is not None:
+        try:
+            report = pending.wait()
+        except Exception as error:
+            problem = error
+    waited_s = time.monotonic() - began
+    if agreed.together(trainer):
+        of_all = trainer.strategy.sharded
+        (report, waited_s), problem = agreed.outcome(trainer, (report, waited_s), problem, of_all=of_all)
+    return report, waited_s, problem
+
+
 def _settle_plugin(trainer: Trainer, checkpoint_io: AsyncCheckpointIO) -> None:
     saves = list(trainer.saves_in_flight)
     trainer.saves_in_flight.clear()
+    problem: Exception | None = None
     try:
-        checkpoint_io.wait()
+        if trainer.is_global_zero:
+            try:
+                checkpoint_io.wait()
+            except Exception as error:
+                problem = error
+        if saves and agreed.together(trainer):
+            _, problem = agreed.outcome(trainer, None, problem)
+        if problem is not None:
+            raise problem
     except BaseException:
         for save in saves:
             roll_back(trainer, save.group)
@@ -153,7 +190,10 @@ def leave_batches(trainer: Trainer) -> None:
 
     Between two batches that is left to the step. What hooks of an epoch or of validation do comes seldom: the
     engine might not find it out by comparing, and the waiting is as seldom.
+
+    Ranks: all. Blocks: until the last one has left its batches.
     """
+    agreed.end_of_batches(trainer)
     trainer.checkpoint_stats.steps_end(trainer.progress)
     if trainer.engine.copying:
         trainer.engine.wait_for_copy(learn=False)

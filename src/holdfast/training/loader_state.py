@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -69,12 +70,14 @@ class LoaderState:
 
     def fits(self, now: dict[str, Any]) -> bool:
         """Whether it can take back a state: that of a DataLoader is for one number of workers alone."""
+        if now.get("of_another_rank"):
+            return False
         then = now.get("workers")
         return not isinstance(self.loader, DataLoader) or then in (None, self.loader.num_workers)
 
     def restore_between_epochs(self, now: dict[str, Any]) -> None:
         """Bring the loader to where it stood between two epochs."""
-        if "loader" not in now and "cut" not in now:
+        if "loader" not in now and "cut" not in now and not now.get("of_another_rank"):
             return
         if not self.fits(now):
             self.warn_of_workers(now, "begins its next epoch as it would begin the first one")
@@ -97,6 +100,13 @@ class LoaderState:
 
     def warn_of_workers(self, now: dict[str, Any], what: str) -> None:
         """Say that it cannot take a state back, and what it does instead."""
+        if now.get("of_another_rank"):
+            warnings.warn(
+                f"The checkpoint is of a job with fewer processes, and holds no state of this one's "
+                f"{described(self.loader)}. So it {what}: rows may come twice or be left out.",
+                stacklevel=2,
+            )
+            return
         rank_zero_warn(
             f"{described(self.loader)} had {now['workers']} workers and has {self.loader.num_workers}. Its "
             f"state is for that number alone, so it {what}: rows may come twice or be left out."

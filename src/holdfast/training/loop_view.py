@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from holdfast.training.log_hooks import in_batch
 from holdfast.training.progress import BATCH, END, START, RunningStage
-from holdfast.training.results import in_batch
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.base import Checkpoint
 from holdfast.callbacks.early_stopping import EarlyStopping
-from holdfast.training import ended, estimate, exactness, rng, state
+from holdfast.training import agreed, ended, estimate, exactness, rng, state
 from holdfast.training.combined import CombinedStream
 from holdfast.training.configured import step_schedulers
 from holdfast.training.data import BatchStream, batch_size_of
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.fit_data import FitData
-from holdfast.training.hooks import bind, call, profile, profiled
+from holdfast.training.hooks import bind, call, may_log, profile, profiled
 from holdfast.training.in_flight import beside_batches, leave_batches
 from holdfast.training.loop_view import LoopView
 from holdfast.training.model_changes import ModelChanges
@@ -60,7 +60,7 @@ class FitLoop(LoopView):
         self.progress = trainer.progress
         self.data = FitData(trainer, load_train, load_val, resumed)
         self._resumed = resumed
-        self._stopwatch: Stopwatch | None = None
+        self.stopwatch: Stopwatch | None = None
         self.command: dict[str, Any] = {}
         """What the fit was started with; see `command.note`."""
         self.in_force: dict[str, Any] = {}
@@ -150,8 +150,7 @@ class FitLoop(LoopView):
     def run(self) -> None:
         """Train from where the progress stands until a limit is reached."""
         trainer, progress = self.trainer, self.progress
-        # What a checkpoint brought is in it by now.
-        progress.loaders = self.data.asked
+        progress.loaders = self.data.asked  # what a checkpoint brought is in it by now
         if trainer.limit_train_batches == 0 or trainer.max_epochs == 0 or trainer.max_steps == 0:
             return
         only_ends = self.finished and self._epoch_has_to_end()
@@ -175,8 +174,7 @@ class FitLoop(LoopView):
         self._prepare()
         estimate.before_first_batch(trainer)
         trainer.preemption.leave_untrained(trainer)
-        # A hook may have said to stop already.
-        while only_ends or not self.finished:
+        while only_ends or not self.finished:  # a hook may have said to stop already
             only_ends = False
             with profile(trainer, "run_training_epoch"):
                 self._run_epoch()
@@ -197,7 +195,7 @@ class FitLoop(LoopView):
         """Look up once all that the steps of this fit need."""
         trainer = self.trainer
         if isinstance(trainer.val_check_interval, timedelta):
-            self._stopwatch = Stopwatch(trainer.val_check_interval, self.progress.since_validation_s)
+            self.stopwatch = agreed.stopwatch(trainer, trainer.val_check_interval)
         self.optimization = make_optimization(trainer)
         self.batch_starts = bind(trainer, "on_train_batch_start")
         self.batch_ends = bind(trainer, "on_train_batch_end")
@@ -271,7 +269,7 @@ class FitLoop(LoopView):
             # Another maker's file: the position is known, the order of the rows is not.
             begin = self.stream.begin_state()
             data = {"begin": begin, "now": begin}
-        self.data.translate_position(data.get("batch_size"))
+        self.data.translate_position(data)
         nothing_left = nothing_left or progress.batch >= self.batches
         batches = self.stream.resume(progress.epoch, progress.batch, data, nothing_left=nothing_left)
         state.restore_run(self.trainer, resumed)
@@ -349,11 +347,11 @@ class FitLoop(LoopView):
     def _count_samples(self, batch: Any) -> None:
         # Batches of one epoch hold the same number of rows, but for the last. There is none after a resume.
         if batch is not None:
-            self.progress.samples = self.progress.batch * batch_size_of(batch)
+            self.progress.samples = self.progress.batch * batch_size_of(batch) * self.trainer.world_size
 
     def _log_step(self) -> None:
         trainer = self.trainer
-        metrics = trainer.metrics.train.step_metrics(lambda entry: entry.logger)
+        metrics = trainer.metrics.step(trainer.metrics.train, lambda entry: entry.logger)
         if metrics:
             trainer.metrics.logged.update(metrics)
             trainer.log_to_loggers(metrics, self.progress.batches_that_stepped)
@@ -389,9 +387,9 @@ class FitLoop(LoopView):
 
     def _validation_due(self, index: int, is_last: bool) -> bool:
         trainer, interval = self.trainer, self.data.validation_interval
-        if self._stopwatch is not None:
-            self.progress.since_validation_s = self._stopwatch.elapsed_s()
-            return self._stopwatch.due()
+        if self.stopwatch is not None:
+            self.progress.since_validation_s = self.stopwatch.elapsed_s()
+            return self.stopwatch.due()
         if is_last and math.isinf(interval):
             return True
         if trainer.should_stop and self.may_stop():
@@ -404,8 +402,8 @@ class FitLoop(LoopView):
     def _validate(self, stepped: bool) -> None:
         trainer, progress = self.trainer, self.progress
         validation = self.data.fresh_validation()
-        if self._stopwatch is not None:
-            self._stopwatch.restart()
+        if self.stopwatch is not None:
+            self.stopwatch.restart()
             self.progress.since_validation_s = 0.0
         if validation.skip:
             return
@@ -414,13 +412,14 @@ class FitLoop(LoopView):
         with beside_batches(trainer), rng.apart(rng.derive(trainer.seed, "validation", progress.validations)):
             validation.run(progress.validations)
         progress.validations += 1
+        agreed.stops(trainer)
 
     def _end_epoch(self) -> None:
         trainer, progress, metrics = self.trainer, self.progress, self.trainer.metrics
         leave_batches(trainer)
         self._count_samples(metrics.train.batch)
         metrics.train.batch = metrics.train.batch_size = None
-        metrics.train.epoch_ended = True
+        metrics.end(metrics.train, more=functools.partial(may_log, trainer, "on_train_epoch_end"))
         progress.full_epoch = progress.batch >= self.batches or math.isinf(self.batches)
         self._call_epoch_end()
         to_log = metrics.publish(metrics.train)
@@ -429,6 +428,7 @@ class FitLoop(LoopView):
         trainer.log_to_loggers(to_log, progress.batches_that_stepped - 1)
         metrics.end_epoch()
         progress.stage = END
+        agreed.stops(trainer)
         if trainer.save_requests:
             trainer.safe_point()
         if self.finished:  # what is read in on_train_end is what is durable
@@ -441,10 +441,10 @@ class FitLoop(LoopView):
         results.fx = "on_train_epoch_end"
         using = [callback for callback in trainer.callbacks if callback.uses_hook("on_train_epoch_end")]
         judges = [callback for callback in using if isinstance(callback, (Checkpoint, EarlyStopping))]
-        for callback in using:
-            if callback not in judges:
-                callback.on_train_epoch_end(trainer, trainer.lightning_module)
+        for callback in (one for one in using if one not in judges):
+            callback.on_train_epoch_end(trainer, trainer.lightning_module)
         call(trainer, "on_train_epoch_end", only="module")
+        trainer.metrics.end_hooks(results)
         for callback in judges:
             callback.on_train_epoch_end(trainer, trainer.lightning_module)
         results.fx = None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.training import metric_objects
 from holdfast.training.results import Entry, Results, as_tensor
+
+if TYPE_CHECKING:
+    from holdfast.training.metric_exchange import MetricExchange
+    from holdfast.training.trainer import Trainer
 
 
 class CallbackMetrics(dict[str, Tensor]):
@@ -43,6 +47,21 @@ class MetricStore:
         self._published: dict[str, int] = {}
         self.train = Results(training=True)
         self.evaluation: Results | None = None
+        self.exchange: MetricExchange | None = None
+        """How the ranks of the job tell each other of what they log; None with one process."""
+        self._come_again = False
+
+    def connect(self, trainer: Trainer) -> None:
+        """Reduce what is logged over the trainer's processes from now on, where there are several."""
+        self.exchange = None
+        if trainer.world_size > 1 and not trainer.barebones:
+            import torch.distributed as dist
+
+            from holdfast.training.metric_exchange import MetricExchange
+
+            # A strategy of the user's own may have other means, and then it is for them to reduce.
+            self.exchange = MetricExchange(trainer) if dist.is_initialized() else None
+        self.train.ranks_agree = self.exchange is not None
 
     def begin(self) -> None:
         """Forget the values of the request before this one; the names' versions go on counting."""
@@ -97,15 +116,49 @@ class MetricStore:
         for name in values:
             self._published[name] = self._published.get(name, 0) + 1
 
+    def end(self, results: Results, *, more: Callable[[], bool]) -> None:
+        """An epoch's batches are through: its values are there for the hooks at its end.
+
+        Ranks: all. Blocks: with several processes until all are here.
+
+        Args:
+            results: What the epoch has logged.
+            more: Asked with several processes: whether hooks of this rank may log more for it.
+
+        Raises:
+            ConfigError: the ranks have logged different things with ``sync_dist=True``.
+        """
+        results.epoch_ended = True
+        if self.exchange is not None:
+            results.ranks_agree = True
+            self._come_again = self.exchange.at_epoch_end(results, more=more())
+
+    def end_hooks(self, results: Results) -> None:
+        """The hooks at the epoch's end are through: what they have logged is there too. Ranks: all."""
+        if self._come_again and self.exchange is not None:
+            self._come_again = False
+            self.exchange.at_epoch_end(results, again=True)
+
+    def step(self, results: Results, wanted: Callable[[Entry], bool]) -> dict[str, Tensor]:
+        """The latest values of steps that are about to be logged. Ranks: all.
+
+        Blocks: until all are here, where any of them was logged with ``sync_dist=True``.
+        """
+        if self.exchange is not None:
+            self.exchange.at_step(results, wanted)
+        return results.step_metrics(wanted)
+
     def publish(self, results: Results) -> dict[str, Tensor]:
         """Take a loop's epoch values into the views; returns those that go to the loggers."""
         results.epoch_ended = True
+        self.end_hooks(results)
         self.take(results.callback_metrics())
         return self._show(results)
 
     def show(self, results: Results) -> None:
         """Likewise, but nothing counts as new by it: what is monitored is not there to be ranked yet."""
         results.epoch_ended = True
+        self.end_hooks(results)
         self.callback.update(results.callback_metrics())
         self._show(results)
 
@@ -113,6 +166,8 @@ class MetricStore:
         """What was logged when training started is there to see from then on, not from the epoch's end."""
         started = Results(training=True)
         started.entries = {key: one for key, one in self.train.entries.items() if one.fx == "on_train_start"}
+        if self.exchange is not None:
+            self.end(started, more=bool)
         self.show(started)
 
     def _show(self, results: Results) -> dict[str, Tensor]:

@@ -147,12 +147,14 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, Hyper
             on_epoch: Log the value reduced over the epoch. The default depends on the hook.
             reduce_fx: "mean" (weighted by batch size), "sum", "min" or "max".
             enable_graph: Accepted; values are always detached.
-            sync_dist: Reduce over processes. With one process there is nothing to do.
-            sync_dist_group: The process group for it.
+            sync_dist: Reduce over processes: the epoch's value when the epoch ends, a step's at those steps
+                that are sent to the loggers. Without it each process has its own, and rank 0's is logged.
+            sync_dist_group: The process group for it; None for all processes.
             add_dataloader_idx: Whether the loader's index is added to the name.
             batch_size: Weight of the value in the mean; found from the batch when None.
             metric_attribute: Accepted; not needed here.
-            rank_zero_only: Log on rank 0 alone.
+            rank_zero_only: Log on rank 0 alone, whose own value it is: nothing is reduced. A TorchMetrics
+                object has to be logged on every rank all the same.
 
         Raises:
             ConfigError: it cannot be logged here, or not with these arguments.
@@ -161,9 +163,11 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, Hyper
         if results is None:
             self._say_not_logged(name)
             return
-        results.log(
-            name, value, (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx), batch_size
-        )
+        asked = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, sync_dist, sync_dist_group,
+            rank_zero_only,
+        )  # fmt: skip
+        results.log(name, value, asked, batch_size)
 
     def _say_not_logged(self, name: str) -> None:
         barebones = self._trainer is not None and self._trainer.barebones
@@ -317,8 +321,21 @@ class LightningModule(ModuleHooks, DataHooks, CheckpointHooks, Exportable, Hyper
         return self.device.type == "cuda"
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Gather from every process; with one process, the data as it is."""
-        return data
+        """Gather tensors from every process, stacked by rank; with one process, the data as it is.
+
+        Ranks: all, with tensors of the same shapes. Blocks: until all have given theirs.
+
+        Args:
+            data: A tensor or a number, or tuples, lists and dicts of them; what else is in them stays.
+            group: The process group; None for all processes.
+            sync_grads: Let gradients flow back to the process that each tensor came from.
+
+        Returns:
+            The same nesting; each tensor has the processes as its first dimension.
+        """
+        if self._trainer is None or self._trainer.world_size == 1:
+            return data
+        return self._trainer.strategy.all_gather(data, group=group, sync_grads=sync_grads)
 
     def freeze(self) -> None:
         """Make every parameter need no gradient, and evaluate."""

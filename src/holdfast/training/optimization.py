@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from holdfast.errors import ConfigError
+from holdfast.strategies.base import Strategy
 from holdfast.training.hooks import bind, bind_step, profiled
 from holdfast.training.optimizer import LightningOptimizer
 from holdfast.training.precision import MixedPrecision
@@ -188,6 +190,14 @@ class AutomaticOptimization(Optimization):
         self.progress = trainer.progress
         # One closure for the whole fit; what changes from batch to batch is set on this object.
         self.closure: Callable[[], Any] = self._closure
+        # And one where no step follows: processes need not agree on these gradients yet.
+        self.add_up = self.closure
+        self.joins: Callable[[], Any] | None = None
+        if trainer.world_size > 1:
+            self.add_up = self._closure_apart
+            self.joins = partial(trainer.strategy.join_without_loss, counts=self.single_evaluation)
+            if not self.single_evaluation:
+                self.closure = self._closure_of_all
         self._batch: Any = None
         self._batch_idx = 0
         self._zero = False
@@ -227,7 +237,7 @@ class AutomaticOptimization(Optimization):
         self._batch, self._batch_idx, self._zero = batch, batch_idx, zero
         self.accumulate = divide_by
         if optimizer is None or not step:
-            self._closure()
+            self.add_up()
             if optimizer is None and step:
                 # It trains nothing, but max_steps has to end the run all the same.
                 self.progress.global_step += 1
@@ -265,6 +275,8 @@ class AutomaticOptimization(Optimization):
             except RuntimeError as error:
                 self.explain(loss, error)
                 raise
+        elif self.joins is not None:
+            self.joins()
         if self.engine.copying:
             self.engine.wait_for_copy()
         optimizer.step()
@@ -317,10 +329,23 @@ class AutomaticOptimization(Optimization):
             self._zero_grad(self.optimizer)
         if loss is not None:
             self.backward(loss)
-        elif self.engine.copying:
-            # Its hooks come before the step all the same.
-            self.engine.wait_for_copy()
+        else:
+            loss = None if self.joins is None else self.joins()
+            if loss is not None and self.scaler is not None:
+                self.scaler.scale(loss)
+            if self.engine.copying:
+                # Its hooks come before the step all the same.
+                self.engine.wait_for_copy()
         return loss
+
+    def _closure_apart(self) -> None:
+        with self.trainer.strategy.block_backward_sync():
+            self._closure()
+
+    def _closure_of_all(self) -> Any:
+        """Likewise, for an optimizer that goes by the loss: every process's must go by the same one."""
+        loss = self._closure()
+        return None if loss is None else self.trainer.strategy.reduce(loss, reduce_op="mean")
 
     def _zero_grad(self, optimizer: Optimizer) -> None:
         if self.before_zero_grad:
@@ -351,6 +376,19 @@ class AutomaticOptimization(Optimization):
 
 class ManualOptimization(Optimization):
     """Runs ``training_step`` and leaves the rest to it; steps are counted by the wrapped optimizers."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        strategy = trainer.strategy
+        if type(strategy).prepare_backward is not Strategy.prepare_backward:
+            run = self.backward
+
+            def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+                strategy.prepare_backward(loss)
+                run(loss, *args, **kwargs)
+
+            self.backward = backward
+            self.step_optimizer = self._step_averaged  # type: ignore[method-assign]
 
     def run(self, batch: Any, batch_idx: int, *, zero: bool, step: bool, divide_by: int) -> Any:
         """Train on one batch, like `AutomaticOptimization.run`; there are no windows here.
@@ -385,6 +423,16 @@ class ManualOptimization(Optimization):
             result = self.step_through(optimizer, closure, **kwargs)
         self.trainer.progress.global_step += 1
         return result
+
+    def _step_averaged(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        """Likewise, where gradients have to be averaged first; says so if they never were."""
+        if closure is None and not getattr(self.trainer.strategy, "prepared_backward", True):
+            warn_once(
+                "manual backward",
+                f"{type(self.module).__name__} steps an optimizer before any self.manual_backward(loss). "
+                "That is where processes average their gradients; loss.backward() leaves each with its own.",
+            )
+        return type(self).step_optimizer(self, optimizer, closure, **kwargs)
 
 
 def _detached(output: dict[str, Any]) -> dict[str, Any]:

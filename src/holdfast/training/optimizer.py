@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +59,13 @@ class LightningOptimizer:
         """A context in which only this optimizer's parameters require gradients.
 
         Args:
-            sync_grad: Whether processes average the gradients; with one process there is nothing to average.
+            sync_grad: Whether processes average the gradients of these backwards; no where more are to be
+                added to them first.
         """
         if self._trainer is None:
             raise ConfigError("optimizer.toggle_model() works inside of trainer.fit only.")
-        with self._trainer.lightning_module.toggled_optimizer(self._optimizer):
+        sync = nullcontext() if sync_grad else self._trainer.strategy.block_backward_sync()
+        with sync, self._trainer.lightning_module.toggled_optimizer(self._optimizer):
             yield
 
     @property  # type: ignore[misc]

@@ -19,6 +19,12 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
+def environment_of(plugins: Any) -> ClusterEnvironment | None:
+    """The cluster environment among a trainer's plugins, which has to be known before its strategy."""
+    found: ClusterEnvironment | None = _by_kind(plugins).get("cluster environment")
+    return found
+
+
 def sort_plugins(
     plugins: Any, precision: Any, device: torch.device, strategy: Strategy | None = None
 ) -> tuple[Precision, ClusterEnvironment | None]:

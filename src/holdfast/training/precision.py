@@ -45,6 +45,10 @@ class Precision:
     precision: str = "32-true"
     scaler: Any = None
     """The gradient scaler; None where gradients are not scaled."""
+    clip_norm: Callable[..., Any] = staticmethod(torch.nn.utils.clip_grad_norm_)
+    """What cuts the norm of gradients; a strategy whose ranks hold parts of them puts its own here."""
+    clip_value: Callable[..., Any] = staticmethod(torch.nn.utils.clip_grad_value_)
+    """What cuts the values of parameters' gradients; likewise."""
 
     # -- what the loops look up once -------------------------------------------------------------------------
 
@@ -132,11 +136,11 @@ class Precision:
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Scale the gradients down together, so that the norm of all of them is at most ``clip_val``."""
-        torch.nn.utils.clip_grad_norm_(list(self.main_params(optimizer)), clip_val)
+        self.clip_norm(list(self.main_params(optimizer)), clip_val)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Cut each gradient's values to the range from ``-clip_val`` to ``clip_val``."""
-        torch.nn.utils.clip_grad_value_(list(self.main_params(optimizer)), clip_val)
+        self.clip_value(list(self.main_params(optimizer)), clip_val)
 
     # -- the step --------------------------------------------------------------------------------------------
 

@@ -8,13 +8,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from holdfast.callbacks.base import Checkpoint, SavePlan
 from holdfast.callbacks.save_line import format_size
 from holdfast.errors import ConfigError
 from holdfast.strategies.environments import SLURMEnvironment
+from holdfast.training import agreed
 from holdfast.training.in_flight import settle
 from holdfast.training.progress import END, START
 from holdfast.training.saving import carry_out_requests
@@ -78,6 +79,8 @@ class Preemption(Checkpoint):
     def _forget(self) -> None:
         self.received: signal.Signals | None = None
         """The first signal of the current or last fit that means to stop it, SIGINT included."""
+        self._taken: signal.Signals | None = None
+        """The first one that came to this process; where there are several, they agree on `received`."""
         self.stop_received = False
         """Whether one other than SIGINT was among those that came."""
         self.cut_short = False
@@ -101,11 +104,17 @@ class Preemption(Checkpoint):
         Raises:
             Preempted: the signal came before the last safe point, where only the fit's end was left to do.
         """
-        global _listening
         self._forget()
-        if not self._may_listen():
+        handling = self._handling(trainer) if self._may_listen() else nullcontext()
+        with agreed.ending(trainer, in_order=Preempted), handling:
             yield
-            return
+        if self._leaves_at_end:
+            self._requeue(trainer)
+            raise self._way_out()
+
+    @contextmanager
+    def _handling(self, trainer: Trainer) -> Iterator[None]:
+        global _listening
         error: BaseException | None = None
         handlers = _Handlers(self, trainer)
         _listening = self
@@ -121,12 +130,9 @@ class Preemption(Checkpoint):
             finally:  # a second SIGINT may have raised just there
                 _listening = None
                 handlers.put_back()
-            if self.received is not None and not self._met:
-                _send_again(self.received, error)
+            if self._taken is not None and not self._met:
+                _send_again(self._taken, error)
             error = None
-        if self._leaves_at_end:
-            self._requeue(trainer)
-            raise self._way_out()
 
     def _may_listen(self) -> bool:
         outer = _listening is not None and _listening._pid == os.getpid()
@@ -138,18 +144,49 @@ class Preemption(Checkpoint):
         return list(dict.fromkeys([*self.signals, *requeue, signal.SIGINT]))
 
     def take(self, number: signal.Signals, trainer: Trainer) -> None:
-        """Note a signal; the first one asks for a save. Called by the handler, between any two operations."""
+        """Note a signal; the first one asks for a save. Called by the handler, between any two operations.
+
+        With several processes all of them stop at the safe point that they agree on; see `stop`.
+        """
         if number != signal.SIGINT:
             self.stop_received = True
-        if self.received is not None:
+        if self._taken is not None:
             return
-        self.received = number
-        trainer.request_save(self)
+        self._taken = number
+        if agreed.together(trainer):
+            self._post(trainer)
+            if not trainer.is_global_zero or self.received is not None:
+                return
+        else:
+            self.received = number
+            trainer.request_save(self)
         saves = _why_nothing_is_saved(trainer) is None
         line = f"saving {_when(trainer)}, then leaving" if saves else f"leaving {_when(trainer)}"
         if number == signal.SIGINT:
             line += " (Ctrl-C again to leave at once)"
         _say_at_once(f"{number.name}: {line}", trainer)
+
+    def _post(self, trainer: Trainer) -> None:
+        if self._taken is not None:
+            agreed.post(trainer, agreed.STOP, [int(self._taken), trainer.global_rank])
+
+    def stop(self, trainer: Trainer, told: list[int]) -> None:
+        """Stop at this safe point, as all processes do: one of them has got a signal.
+
+        Args:
+            trainer: The trainer.
+            told: The signal's number, and the rank that got it.
+        """
+        number, rank = signal.Signals(told[0]), told[1]
+        if number != signal.SIGINT:
+            self.stop_received = True
+        if self.received is None:
+            self.received = number
+            trainer.request_save(self)
+            if self._taken is None:
+                saves = _why_nothing_is_saved(trainer) is None
+                line = "saving, then leaving" if saves else "leaving"
+                rank_zero_info(f"{number.name} on rank {rank}: {line}")
 
     def cut(self) -> NoReturn:
         """A second SIGINT: leave where the run is, and let a third one end the process."""
@@ -179,6 +216,9 @@ class Preemption(Checkpoint):
         """
         self._begun_at = trainer.progress.total_batches
         self.files.begin(trainer, resumed)
+        if agreed.together(trainer):
+            agreed.begin(trainer)
+            self._post(trainer)  # what came before then
 
     def plan_save(self, trainer: Trainer) -> SavePlan | None:
         """Plan the file; None where there is none to be saved, which is said."""
@@ -223,14 +263,26 @@ class Preemption(Checkpoint):
     def leave_untrained(self, trainer: Trainer) -> None:
         """Leave if a signal came and nothing was trained: the file that the run went on from holds the same.
 
+        Ranks: all. Blocks: while nothing was trained, until all have said whether a signal came.
+
         Raises:
             Preempted: so it is.
         """
-        if self.received is None or not self._nothing_new(trainer):
+        if not self._nothing_new(trainer):
+            return
+        if agreed.together(trainer):
+            self._ask_all(trainer)
+        if self.received is None:
             return
         since = "yet" if trainer.resumed_from is None else f"since {os.path.basename(trainer.resumed_from)}"
         rank_zero_info(f"nothing is saved: nothing was trained {since}")
         self._leave(trainer)
+
+    def _ask_all(self, trainer: Trainer) -> None:
+        strategy = trainer.strategy
+        if self.received is None and strategy.reduce_boolean_decision(self._taken is not None, all=False):
+            numbers = strategy.gather(int(self._taken or 0))
+            self.received = signal.Signals(strategy.broadcast(max(numbers or [0])))
 
     def ends_otherwise(self, trainer: Trainer, error: BaseException) -> bool:
         """Save nothing more: ``error`` ended the fit. Return whether nobody else is to save either."""
@@ -247,6 +299,7 @@ class Preemption(Checkpoint):
         self._met = True
         trainer.engine.wait()
         settle(trainer)
+        agreed.share_stats(trainer)
         for logger in trainer.loggers:
             try:
                 logger.save()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from holdfast.errors import CheckpointIncompatible
 from holdfast.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
@@ -22,6 +23,26 @@ EVERY_S = 10.0
 def silently(loader: Any, index: int, count: int) -> Iterable[int]:
     """Say nothing."""
     return range(count)
+
+
+def read_again(batches: Iterator[Any], numbers: Iterable[int], count: int) -> None:
+    """Read the batches before a position.
+
+    Args:
+        batches: Those of an epoch from its start.
+        numbers: What a `Replaying` gave.
+        count: How many there are before the position.
+
+    Raises:
+        CheckpointIncompatible: there are not so many.
+    """
+    end = object()
+    for index in numbers:
+        if next(batches, end) is end:
+            raise CheckpointIncompatible(
+                f"The checkpoint is {count} batches into the epoch, but the training data ended after "
+                f"{index}. Give the run the data it was started with."
+            )
 
 
 class Replay:
@@ -55,11 +76,15 @@ class Replay:
         )
 
     def _unless_told_to_leave(self, numbers: Generator[int, None, None]) -> Iterator[int]:
-        """Reading again may take longer than a run that was told to stop is given."""
+        """Reading again may take longer than a run that was told to stop is given.
+
+        Of several processes only some may read again, so they leave together when that is over.
+        """
         with closing(numbers):
             for number in numbers:
                 yield number
-                self._trainer.preemption.leave_untrained(self._trainer)
+                if self._trainer.world_size == 1:
+                    self._trainer.preemption.leave_untrained(self._trainer)
 
 
 def described(loader: Any) -> str:

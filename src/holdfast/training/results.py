@@ -14,63 +14,9 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import ConfigError
-from holdfast.training.data import batch_size_of
-from holdfast.utilities.rank_zero import warn_once
-
-# Hook -> (on_step, on_epoch) when self.log is called there without saying; hooks that are not here cannot
-# log.
-_STEP, _EPOCH = (True, False), (False, True)
-DEFAULTS: dict[str, tuple[bool, bool]] = {
-    **dict.fromkeys(
-        (
-            "training_step",
-            "on_train_batch_start",
-            "on_train_batch_end",
-            "on_before_backward",
-            "backward",
-            "on_after_backward",
-            "on_before_optimizer_step",
-            "optimizer_step",
-            "configure_gradient_clipping",
-            "on_before_zero_grad",
-            "optimizer_zero_grad",
-        ),
-        _STEP,
-    ),
-    **dict.fromkeys(
-        (
-            "on_train_start",
-            "on_train_epoch_start",
-            "on_train_epoch_end",
-            "on_validation_start",
-            "on_validation_epoch_start",
-            "on_validation_batch_start",
-            "validation_step",
-            "on_validation_batch_end",
-            "on_validation_epoch_end",
-            "on_test_start",
-            "on_test_epoch_start",
-            "on_test_batch_start",
-            "test_step",
-            "on_test_batch_end",
-            "on_test_epoch_end",
-        ),
-        _EPOCH,
-    ),
-}
-_EPOCH_ONLY = frozenset(
-    name for name in DEFAULTS if name.endswith(("_epoch_start", "_epoch_end", "_start"))
-) - {
-    "on_train_batch_start",
-    "on_validation_batch_start",
-    "on_test_batch_start",
-}
-
-
-def in_batch(fx: str | None) -> bool:
-    """Whether a hook or step of training is one of those that come with every batch."""
-    return fx is not None and DEFAULTS.get(fx) == _STEP
-
+from holdfast.training.batch_size import batch_size_of
+from holdfast.training.log_hooks import DEFAULTS, EPOCH_ONLY
+from holdfast.utilities.rank_zero import rank_zero_only, warn_once
 
 _REDUCTIONS: dict[Any, str] = {
     "mean": "mean",
@@ -92,9 +38,9 @@ class Entry:
     """One logged name: its latest value and, with ``on_epoch``, its accumulation over the epoch."""
 
     __slots__ = (
-        "asked", "bar", "fx", "has_value", "loader", "loader_suffix", "logger", "metric", "name", "on_epoch",
-        "on_step",
-        "reduce", "total", "updates", "value", "weight",
+        "asked", "bar", "fx", "group", "has_value", "hidden", "loader", "loader_suffix", "logger", "metric",
+        "name", "on_epoch", "on_step", "reduce", "reduced_at", "reduced_epoch", "reduced_step",
+        "step_reduced_at", "sync", "total", "updates", "value", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -116,13 +62,31 @@ class Entry:
         self.total: Any = None
         self.weight: float = 0
         self.updates = 0
+        self.sync = False
+        self.group: Any = None
+        self.hidden = False
+        """Whether it is another rank's to show."""
+        self.reduced_epoch: Any = None
+        self.reduced_step: Any = None
+        self.reduced_at = self.step_reduced_at = -1
+        """How many updates there had been when these two were reduced over the ranks."""
 
     def reset(self) -> None:
         self.has_value = False
         self.total = None
         self.weight = 0
+        self.reduced_at = self.step_reduced_at = -1
         if self.metric is not None:
             self.metric.reset()
+
+    def take_note_of(self, asked: tuple[Any, ...]) -> None:
+        """Keep the arguments of ``self.log``, so that one comparison tells that a call has the same."""
+        self.asked = asked
+        self.sync, *group, only_rank_zero = asked[6:] or (False, False)
+        self.group = group[0] if group else None
+        # On other ranks it is counted all the same: a TorchMetrics object needs them all.
+        self.hidden = bool(only_rank_zero) and rank_zero_only.rank != 0  # type: ignore[attr-defined]
+        self.sync = bool(self.sync) and not only_rank_zero
 
     def step_name(self) -> str:
         return f"{self.name}_step{self.loader_suffix}" if self.on_epoch else self.name + self.loader_suffix
@@ -187,9 +151,22 @@ class Entry:
                     "is none of this step. Log it with on_epoch=True, or call the metric instead.",
                 )
 
+    def is_reduced(self) -> bool:
+        """Whether the ranks have told each other of all that is in it."""
+        return self.reduced_at == self.updates
+
+    def step_value(self) -> Tensor:
+        if self.step_reduced_at == self.updates:
+            return self.reduced_step  # type: ignore[no-any-return]
+        return as_tensor(self.value)
+
     def epoch_value(self) -> Tensor:
+        if self.reduced_at == self.updates:
+            return self.reduced_epoch  # type: ignore[no-any-return]
         if self.metric is not None:
             return as_tensor(self.metric.compute())
+        if self.weight == 0:  # a rank that has nothing of its own since a resume
+            return torch.tensor(float("nan"))
         if self.reduce == "mean":
             return as_tensor(self.total / self.weight)
         return as_tensor(self.total)
@@ -203,8 +180,15 @@ def _widened(value: Any) -> Any:
 
 
 def _spelled_out(asked: tuple[Any, ...]) -> tuple[Any, ...]:
-    prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx = asked
-    return prog_bar, logger, on_step, on_epoch, _REDUCTIONS.get(reduce_fx), add_dataloader_idx
+    # What was asked for in the run that wrote a checkpoint has no group, and before that no more than six.
+    prog_bar, logger, on_step, on_epoch, reduce_fx, *rest = asked
+    if len(rest) == 4:
+        del rest[2]
+    return prog_bar, logger, on_step, on_epoch, _REDUCTIONS.get(reduce_fx), *rest
+
+
+def _ask_the_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return all(a == b for a, b in zip(_spelled_out(one), _spelled_out(other), strict=False))
 
 
 def as_tensor(value: Any) -> Tensor:
@@ -226,9 +210,14 @@ class Results:
         self.batch_size: int | None = None
         self.dataloader_idx: int | None = None
         self.epoch_ended = False
+        self.ranks_agree = False
+        """Whether several ranks tell each other when the epoch ends: before that a metric has no value."""
+        self.rank_zeros: dict[str, Tensor] = {}
+        """Monitored values that are not the same on every rank: rank 0's, which all go by."""
 
     def reset(self) -> None:
         """Forget the values, keep the names: a new epoch begins."""
+        self.rank_zeros.clear()
         for entry in self.entries.values():
             entry.reset()
         self.epoch_ended = False
@@ -244,12 +233,12 @@ class Results:
             entry = self._register(name, value, asked)
         elif entry.asked != asked:
             # The same reduction may be spelled in several ways: "max", max, torch.max.
-            if _spelled_out(entry.asked) != _spelled_out(asked):
+            if not _ask_the_same(entry.asked, asked):
                 raise ConfigError(
                     f"self.log({name!r}, ...) was called in {self.fx} with other arguments than before. "
                     "Give one name the same arguments at every call."
                 )
-            entry.asked = asked
+            entry.take_note_of(asked)
         if entry.metric is not None:
             entry.update_metric(value)
             return
@@ -263,7 +252,7 @@ class Results:
         entry.update(value, batch_size)
 
     def _register(self, name: str, value: Any, asked: tuple[Any, ...]) -> Entry:
-        prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx = asked
+        prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx = asked[:6]
         fx = self.fx
         if fx is not None and "predict" in fx:
             raise ConfigError(
@@ -278,7 +267,7 @@ class Results:
         step_default, epoch_default = DEFAULTS[fx]
         on_step = step_default if on_step is None else on_step
         on_epoch = epoch_default if on_epoch is None else on_epoch
-        if on_step and fx in _EPOCH_ONLY:
+        if on_step and fx in EPOCH_ONLY:
             raise ConfigError(
                 f"self.log({name!r}, on_step=True) cannot be used in {fx}: there is no step there."
             )
@@ -296,7 +285,7 @@ class Results:
                 f"object, found {type(value).__name__}."
             )
         entry = Entry(name, fx, reduce, on_step, on_epoch, prog_bar, True if logger is None else bool(logger))
-        entry.asked = asked
+        entry.take_note_of(asked)
         entry.metric = value if _is_metric(value) else None
         entry.loader = self.dataloader_idx
         if self.dataloader_idx is not None and not add_dataloader_idx:
@@ -322,9 +311,9 @@ class Results:
     def step_metrics(self, wanted: Callable[[Entry], bool]) -> dict[str, Tensor]:
         """Latest values of the wanted entries that are logged on steps, under their step names."""
         return {
-            entry.step_name(): as_tensor(entry.value)
-            for entry in self.entries.values()
-            if entry.on_step and entry.has_value and entry.value is not None and wanted(entry)
+            entry.step_name(): entry.step_value()
+            for entry in self.shown()
+            if entry.on_step and entry.value is not None and wanted(entry)
         }
 
     def epoch_metrics(self, wanted: Callable[[Entry], bool]) -> dict[str, Tensor]:
@@ -333,22 +322,29 @@ class Results:
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             return {
                 entry.epoch_name(): entry.epoch_value()
-                for entry in self.entries.values()
-                if entry.on_epoch and entry.has_value and wanted(entry)
+                for entry in self.shown()
+                if entry.on_epoch and self._has_epoch_value(entry) and wanted(entry)
             }
 
     def callback_metrics(self) -> dict[str, Tensor]:
         """Everything under every name it goes by, as callbacks see it now."""
         values: dict[str, Tensor] = {}
-        for entry in self.entries.values():
-            if not entry.has_value:
-                continue
+        for entry in self.shown():
             plain = entry.name + entry.loader_suffix
             if entry.on_step and self.training and entry.value is not None:
-                values[entry.step_name()] = values[plain] = as_tensor(entry.value)
-            if entry.on_epoch and self.epoch_ended:
+                values[entry.step_name()] = values[plain] = entry.step_value()
+            if entry.on_epoch and self.epoch_ended and self._has_epoch_value(entry):
                 values[entry.epoch_name()] = values[plain] = entry.epoch_value()
+        values.update(self.rank_zeros)
         return values
+
+    def shown(self) -> list[Entry]:
+        """The entries that were logged, but for those that are another rank's to show."""
+        return [entry for entry in self.entries.values() if entry.has_value and not entry.hidden]
+
+    def _has_epoch_value(self, entry: Entry) -> bool:
+        # A metric is computed where all ranks are. Whoever asks here may be alone, and would wait for them.
+        return entry.metric is None or not self.ranks_agree or entry.is_reduced()
 
     # -- the accumulators, for a checkpoint in the middle of an epoch ---------------------------------------
 
@@ -384,7 +380,7 @@ class Results:
                 "metric": paths.get(id(entry.metric)),
             }
             for (fx, name, loader), entry in self.entries.items()
-            if entry.has_value and (entry.metric is None or id(entry.metric) in paths)
+            if entry.has_value and not entry.hidden and (entry.metric is None or id(entry.metric) in paths)
         ]
 
     def load_state_dict(
@@ -401,7 +397,7 @@ class Results:
                 saved["bar"],
                 saved["logger"],
             )
-            entry.asked = tuple(saved["asked"])
+            entry.take_note_of(tuple(saved["asked"]))
             entry.loader_suffix = saved["suffix"]
             entry.value, entry.total = (
                 value.to(device) if isinstance(value, Tensor) else value

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from holdfast.callbacks.kept_checkpoints import version_directory
-from holdfast.checkpoint import catalog, choice, commit
+from holdfast.checkpoint import catalog, choice, commit, directories
 from holdfast.checkpoint import payload as payloads
 from holdfast.checkpoint.checkpoint_io import writes_own_format
 from holdfast.checkpoint.load import load_mapped
@@ -22,6 +25,7 @@ from holdfast.errors import (
     StorageError,
 )
 from holdfast.training.in_flight import settle
+from holdfast.training.resume_together import NotEverywhere, resolve_together
 from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -65,9 +69,16 @@ class Resolved:
         if self.loaded is not None:
             self.loaded.release()
 
+    def let_go(self) -> None:
+        """Let go of payload and file, whatever has become of the file: nothing of it is used."""
+        with suppress(CheckpointError):
+            self.release()
+
 
 def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_fit: bool) -> Resolved | None:
     """Find and read the checkpoint; None means a fresh start.
+
+    Ranks: all; rank 0 finds it, and an error of one is raised on all. Blocks: until every rank has read it.
 
     Args:
         trainer: Whose callbacks and loggers say where checkpoints are.
@@ -78,13 +89,29 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_f
         CheckpointNotFound: an explicit path does not exist.
         CheckpointCorrupt: an explicit file is damaged; no other is taken instead.
         CheckpointIncomplete: with "auto": there are candidates, and not one is whole and verified.
-        ConfigError: "best" without a callback that saved one.
+        ConfigError: "best" without a callback that saved one; some ranks were given a path and others none.
     """
+    read = partial(_read, trainer, for_fit=for_fit)
+    if trainer.world_size > 1:
+        settle(trainer)
+        find = partial(_resolve, trainer, ckpt_path, for_fit)
+        return resolve_together(trainer, ckpt_path, find, read)
     if ckpt_path is None:
         return None
     settle(trainer)
+    return _resolve(trainer, ckpt_path, for_fit, read)
+
+
+def _resolve(
+    trainer: Trainer,
+    ckpt_path: str | os.PathLike[str] | None,
+    for_fit: bool,
+    read: Callable[[str], Resolved],
+) -> Resolved | None:
+    if ckpt_path is None:
+        return None
     if ckpt_path == "auto":
-        return _newest_verified(trainer, for_fit)
+        return _newest_verified(trainer, for_fit, read)
     if ckpt_path == "best":
         path = _best(trainer)
     elif ckpt_path == "last":
@@ -103,22 +130,33 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, *, for_f
         )
     else:
         path = os.fspath(ckpt_path)
-    return _read(trainer, path, for_fit)
+    return read(path)
 
 
 def _read(trainer: Trainer, path: str, for_fit: bool) -> Resolved:
     """Read a checkpoint: through the user's plugin or strategy where there is one."""
     strategy = trainer.strategy
     if strategy.own_checkpoint_io is None and not is_overridden("load_checkpoint", strategy):
-        # The optimizers keep the tensors that they are given, and the run its own part until it is over.
+        if directories.is_sharded(path):
+            return _read_directory(trainer, path)
+        # The optimizers keep the tensors that they are given, and the run its own part until it is over. Of a
+        # state that is sharded each rank copies no more than its part.
+        kept = () if strategy.shards_model else ("optimizer_states",)
         loaded = load_mapped(
             path,
             skip=() if for_fit or _is_shown(trainer) else ("optimizer_states",),
-            own=("optimizer_states", "holdfast"),
+            own=(*kept, "holdfast"),
         )
         loaded.payload = payload = upgrade(loaded.payload, source=path)
         return Resolved(path, payload, loaded=loaded)
     return Resolved(path, upgrade(_through_plugin(trainer, path), source=path))
+
+
+def _read_directory(trainer: Trainer, path: str) -> Resolved:
+    """Read a sharded checkpoint: whole tensors, or for a sharded run what is not in tensors."""
+    from holdfast.training import sharded_loading
+
+    return Resolved(path, upgrade(sharded_loading.read(trainer, path), source=path))
 
 
 def _through_plugin(trainer: Trainer, path: str) -> Any:
@@ -195,7 +233,7 @@ def _tidy_up(trainer: Trainer) -> None:
             commit.remove_stray_temp_files(place)
 
 
-def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
+def _newest_verified(trainer: Trainer, for_fit: bool, read: Callable[[str], Resolved]) -> Resolved | None:
     if for_fit:
         _tidy_up(trainer)
     ordered = choice.auto_order(_candidates(trainer), for_fit=for_fit)
@@ -216,7 +254,7 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
             if (info.st_dev, info.st_ino) in bad_inodes:
                 skipped.append(f"{name}: the same file as one above")
                 continue
-            found = _read(trainer, entry.path, for_fit)
+            found = read(entry.path)
             if for_fit and plugin_reads and "optimizer_states" not in found.payload:
                 continue  # weights only, which no listing could tell
             if plugin_reads and entry not in put_off and _is_inexact(found.payload):
@@ -225,6 +263,8 @@ def _newest_verified(trainer: Trainer, for_fit: bool) -> Resolved | None:
                 continue
             found.version, found.skipped = _version_of(trainer, entry.path), skipped
             return found
+        except NotEverywhere:
+            raise
         except CheckpointNotFound:
             continue  # deleted between the listing and now
         except (CheckpointError, StorageError) as error:

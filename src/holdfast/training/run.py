@@ -13,13 +13,13 @@ import torch
 from holdfast.callbacks.base import Callback
 from holdfast.checkpoint import catalog, origin
 from holdfast.errors import ArgumentError, ConfigError
-from holdfast.training import command, configuration, exactness, state
+from holdfast.training import command, configuration, exactness, rank_state, state
+from holdfast.training.alone import alone
 from holdfast.training.checkpoint_stats import CheckpointStats
 from holdfast.training.configured import read_configuration
-from holdfast.training.continued_logs import continued
+from holdfast.training.continued_logs import open_loggers, settle_versions
 from holdfast.training.evaluation import EvaluationLoop
 from holdfast.training.hooks import call, profiled
-from holdfast.training.hparams import HyperparametersMixin
 from holdfast.training.in_flight import settle
 from holdfast.training.loops import FitLoop
 from holdfast.training.model_changes import ModelChanges
@@ -60,11 +60,18 @@ def guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
     Raises:
         Preempted: a signal has asked the fit to stop.
     """
+    return alone(trainer, fn, lambda: _requested(trainer, fn, run))
+
+
+def _requested(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
     trainer.save_requests.clear()
     if fn is not TrainerFn.FITTING:
-        return _guarded(trainer, fn, run)
-    with trainer.preemption.listening(trainer):
-        return _guarded(trainer, fn, run)
+        result = _guarded(trainer, fn, run)
+    else:
+        with trainer.preemption.listening(trainer):
+            result = _guarded(trainer, fn, run)
+    trainer.strategy.after_request(trainer)
+    return result
 
 
 def _guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
@@ -79,10 +86,14 @@ def _guarded(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
             trainer.profiler.describe()
         trainer.strategy.teardown()
     except BaseException as error:
+        # First of all: other processes wait for this one.
+        behind = trainer.strategy.explain(error)
         trainer.state.status = TrainerStatus.INTERRUPTED
         trainer.broke_off = trainer.broke_off or fn is TrainerFn.FITTING
         if trainer.model is not None:
-            _tell_of(trainer, error)
+            _tell_of(trainer, behind)
+        if behind is not error:
+            raise behind from error
         raise
     else:
         trainer.state.status = TrainerStatus.FINISHED
@@ -111,6 +122,8 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
         except Exception as problem:  # the error that ended the run is the one to raise
             rank_zero_warn(f"The run ended with {type(error).__name__}, and {what} failed: {problem}")
 
+    # The other processes are elsewhere, or gone; what is still to be saved rank 0 saves by itself.
+    trainer.strategy.alone = trainer.world_size > 1 and not isinstance(error, Preempted)
     # Before anybody judges what is still to be saved.
     tell("saving it", settle, trainer)
     for callback in trainer.callbacks:
@@ -125,9 +138,10 @@ def _tell_of(trainer: Trainer, error: BaseException) -> None:
     tell("saving it", settle, trainer)
     tell(f"{type(trainer.strategy).__name__}.teardown", trainer.strategy.teardown)
     status = "interrupted" if isinstance(error, (KeyboardInterrupt, Preempted)) else "failed"
-    for logger in trainer.loggers:
+    for logger in trainer.loggers_here:
         if logger not in trainer.finalized_loggers:
             tell(f"{type(logger).__name__}.finalize", logger.finalize, status)
+    trainer.strategy.alone = False
 
 
 def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
@@ -136,6 +150,7 @@ def _attach(trainer: Trainer, model: LightningModule, datamodule: Any) -> None:
     model.trainer = trainer
     trainer.strategy.connect(model)
     trainer.strategy.setup_environment()
+    trainer.metrics.connect(trainer)
     model._results = None if trainer.barebones else trainer.metrics.train
     trainer.datamodule = datamodule
     if datamodule is not None:
@@ -157,9 +172,7 @@ def _setup(trainer: Trainer, stage: TrainerFn) -> None:
     model, datamodule = trainer.lightning_module, trainer.datamodule
     if trainer.profiler.active:
         trainer.profiler.setup(stage=str(stage), local_rank=trainer.local_rank, log_dir=trainer.log_dir)
-    for owner in (datamodule, model):
-        if is_overridden("prepare_data", owner):
-            owner.prepare_data()
+    _prepare_data(trainer)
     if datamodule is not None:
         datamodule.setup(stage=stage)
     call(trainer, "setup", stage, only="callbacks")
@@ -168,6 +181,19 @@ def _setup(trainer: Trainer, stage: TrainerFn) -> None:
         configure_model(model)
     # Before weights are restored: a float64 weight would lose bits in a float32 module.
     trainer.strategy.setup(trainer)
+
+
+def _prepare_data(trainer: Trainer) -> None:
+    """Have data prepared by one process of each machine, or of the job, while the others wait. Ranks: all."""
+    owners: list[Any] = [
+        one for one in (trainer.datamodule, trainer.model) if is_overridden("prepare_data", one)
+    ]
+    for owner in owners:
+        rank = trainer.local_rank if getattr(owner, "prepare_data_per_node", True) else trainer.global_rank
+        if rank == 0:
+            owner.prepare_data()
+    if owners:
+        trainer.strategy.barrier("prepare_data")
 
 
 def configure_model(model: LightningModule) -> None:
@@ -184,7 +210,7 @@ def configure_model(model: LightningModule) -> None:
 def _close(trainer: Trainer, stage: TrainerFn) -> None:
     """Finalize the loggers, each once, and tear down; one that fails keeps nobody else from it."""
     problems: list[Exception] = []
-    for logger in trainer.loggers:
+    for logger in trainer.loggers_here:
         trainer.finalized_loggers.append(logger)
         try:
             logger.finalize("success")
@@ -204,43 +230,6 @@ def _teardown(trainer: Trainer, stage: TrainerFn) -> None:
     trainer.lightning_module.teardown(stage=stage)
 
 
-def _open_loggers(trainer: Trainer) -> None:
-    """Have each logger settle its version, in turn, and send them what is known before the first step."""
-    for logger in trainer.loggers:
-        _ = logger.experiment
-    if not trainer.enable_autolog_hparams:
-        return
-    values = _merged_hyperparameters(trainer)
-    for logger in trainer.loggers:
-        if values:
-            logger.log_hyperparams(values)
-        logger.log_graph(trainer.lightning_module)
-        logger.save()
-
-
-def _merged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for owner in (trainer.model, trainer.datamodule):
-        if isinstance(owner, HyperparametersMixin) and owner._log_hyperparams:
-            own = owner.hparams_initial
-            differ = [name for name in own if name in values and not _same(own[name], values[name])]
-            if differ:
-                raise ConfigError(
-                    f"{type(trainer.model).__name__} and {type(owner).__name__} both have hyperparameters "
-                    f"called {differ}, with different values, and a logger has one place for each. Rename "
-                    "them, or call save_hyperparameters(logger=False) in one of the two."
-                )
-            values.update(own)
-    return values
-
-
-def _same(one: Any, other: Any) -> bool:
-    try:
-        return bool(one == other)
-    except Exception:  # arrays are compared element by element, and others not at all
-        return repr(one) == repr(other)
-
-
 # -- fit -----------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +246,7 @@ def fit(
     check_fit(trainer, model, train)
     trainer.fit_loop = trainer.evaluation_loop = None
     trainer.evaluation_loops.pop("validation", None)
-    trainer.seed = torch.initial_seed()
+    trainer.seed = trainer.strategy.broadcast(torch.initial_seed())
     trainer.broke_off = False
     trainer.checkpoint_stats = CheckpointStats()
     trainer.enable_validation = (
@@ -274,6 +263,7 @@ def fit(
     _continue_in(trainer, resolved, ckpt_path)
     resumed = None if resolved is None else resolved.payload["holdfast"]
     if resumed is not None:
+        rank_state.take_part(resumed, rank=trainer.global_rank, world_size=trainer.world_size)
         # Before anything can ask for a loader, whose batches are seeded from it.
         trainer.seed = resumed.get("seed", trainer.seed)
     # The hooks of setup may ask how many steps there will be.
@@ -328,14 +318,14 @@ def _train(trainer: Trainer, resumed: dict[str, Any] | None) -> None:
     done = loop.nothing_left
     if not done:
         exactness.before_anything_is_written(trainer, resumed)
-        _open_loggers(trainer)
+        open_loggers(trainer)
     watched: AbstractContextManager[Any] = (
         torch.autograd.set_detect_anomaly(True) if trainer.detect_anomaly else nullcontext()
     )
     with watched:
         call(trainer, "on_fit_start")
         if done and not loop.nothing_left:
-            _open_loggers(trainer)
+            open_loggers(trainer)
         loop.sanity_check()
         trainer.preemption.leave_untrained(trainer)
         loop.run()
@@ -354,12 +344,10 @@ def _as_given(resolved: Resolved, ckpt_path: Any) -> Any:
 def _continue_in(trainer: Trainer, resolved: Resolved | None, ckpt_path: Any) -> None:
     """Point loggers at the version that the checkpoint came from, before anything is written."""
     trainer.resumed_from = trainer.ckpt_path = None
-    trainer.continued_loggers = []
-    if resolved is None:
-        return
-    trainer.resumed_from = _absolute(resolved.path)
-    trainer.ckpt_path = _as_given(resolved, ckpt_path)
-    trainer.continued_loggers = continued(trainer, resolved, automatic=ckpt_path == "auto")
+    if resolved is not None:
+        trainer.resumed_from = _absolute(resolved.path)
+        trainer.ckpt_path = _as_given(resolved, ckpt_path)
+    trainer.continued_loggers = settle_versions(trainer, resolved, automatic=ckpt_path == "auto")
 
 
 # -- validate, test, predict ---------------------------------------------------------------------------------
@@ -390,6 +378,7 @@ def evaluate(
         if ckpt_path is None and best:
             ckpt_path = "best"
     _attach(trainer, model, datamodule)
+    trainer.seed = trainer.strategy.broadcast(trainer.seed)
     predicts = fn is TrainerFn.PREDICTING
     if not is_overridden(step, model) and not (predicts and is_overridden("forward", model)):
         raise ConfigError(f"{type(model).__name__} has no {step}. trainer.{fn} needs it.")
@@ -401,6 +390,7 @@ def evaluate(
         )
     resolved = resolve(trainer, ckpt_path, for_fit=False)
     trainer.ckpt_path = None if resolved is None else _as_given(resolved, ckpt_path)
+    settle_versions(trainer, None, automatic=False)
     _setup(trainer, fn)
     if resolved is not None:
         resolved.check()
@@ -408,7 +398,7 @@ def evaluate(
         resolved.release()
         path = resolved.path
         rank_zero_info(f"weights from {origin.title(path) if origin.is_url(path) else os.path.relpath(path)}")
-    _open_loggers(trainer)
+    open_loggers(trainer)
     trainer.state.stage = stage
     argument = f"limit_{kind}_batches"
     loop = EvaluationLoop(

@@ -45,6 +45,7 @@ class RunView:
     batch_idx: int
     evaluation_loop: EvaluationLoop | None
     evaluation_loops: dict[str, EvaluationLoop]
+    log_dir_of_rank_zero: str | None = None
     model: LightningModule | None
 
     # -- the model -------------------------------------------------------------------------------------------
@@ -207,8 +208,18 @@ class RunView:
         self.loggers = [] if logger is None else [logger]
 
     @property
+    def loggers_here(self) -> list[Logger]:
+        """The loggers that this rank writes to: all of them on rank 0, none elsewhere."""
+        return self.loggers if self.is_global_zero else []
+
+    @property
     def log_dir(self) -> str | None:
-        """The first logger's directory of this version, or else its ``save_dir``; without one the root."""
+        """The first logger's directory of this version, or else its ``save_dir``; without one the root.
+
+        Every rank has rank 0's once a run has begun.
+        """
+        if self.log_dir_of_rank_zero is not None:
+            return self.log_dir_of_rank_zero
         return self.default_root_dir if self.logger is None else self.logger.log_dir or self.logger.save_dir
 
     @property
@@ -278,7 +289,7 @@ class RunView:
     @property
     def num_nodes(self) -> int:
         """Machines in the job."""
-        return 1
+        return int(getattr(self.strategy, "num_nodes", 1))
 
     @property
     def is_global_zero(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from holdfast.checkpoint.checkpoint_io import AsyncCheckpointIO, TorchCheckpoint
 from holdfast.checkpoint.engine import plain_summary
 from holdfast.checkpoint.report import SaveReport, tell_omissions
 from holdfast.errors import StorageError
-from holdfast.training import late, state
+from holdfast.training import agreed, late, state
 from holdfast.training.hooks import profile
 from holdfast.training.in_flight import (
     ON_ERROR,
@@ -40,13 +41,38 @@ def carry_out_requests(trainer: Trainer, *, exact: bool) -> None:
     is after all of these saves; plans with the same content share one file under several names. Callbacks are
     told of a save that goes on in the background when `settle` finds it done, here or at a later safe point.
 
+    Ranks: all. Rank 0's plans count, and only rank 0 writes; all hear how that went, at the same safe point.
+    Blocks: nobody, at a safe point that another rank only looks in at.
+
     Raises:
         StorageError: the disk refused. What was not committed is rolled back; older files are untouched.
+        RankFailed: something is to be saved here and not on another rank.
     """
+    try:
+        _carry_out_all(trainer, exact)
+    finally:
+        # Last: what is agreed meanwhile has put its mark among the requests, which may have been taken out.
+        agreed.look_again(trainer)
+
+
+def _carry_out_all(trainer: Trainer, exact: bool) -> None:
     requests = _taken(trainer)
+    wait = bool(requests)
+    if agreed.together(trainer):
+        settles = agreed.carry_out(trainer)
+        requests += _taken(trainer)
+        if requests:
+            requests = agreed.same_requests(trainer, requests)
+        elif not settles:
+            return
+        wait = True
+    elif trainer.strategy.alone and (not trainer.is_global_zero or trainer.strategy.sharded):
+        # One process alone cannot put together what all of them hold; else rank 0 does.
+        settle(trainer)
+        return
     try:
         # Plans are made from what is on disk, so nothing may be under way then.
-        settle(trainer, wait=bool(requests))
+        settle(trainer, wait=wait)
     except StorageError:
         if not writes_itself(trainer):
             # What is due now is saved all the same: it may be all that there is of the time since.
@@ -63,7 +89,7 @@ def _taken(trainer: Trainer) -> list[Checkpoint]:
     found = []
     while trainer.save_requests:
         found.append(trainer.save_requests.pop(0))
-    return [one for one in found if one is not SETTLE]
+    return [one for one in found if one not in (SETTLE, agreed.AGREED)]
 
 
 def _carry_out(trainer: Trainer, requests: list[Checkpoint], *, exact: bool, background: bool) -> None:
@@ -84,6 +110,7 @@ def _carry_out(trainer: Trainer, requests: list[Checkpoint], *, exact: bool, bac
             settle(trainer)
             batches = trainer.progress.total_batches if exact and not weights_only else None
             save = InFlight(group, batches, max((plan.on_error for _, plan in group), key=ON_ERROR.index))
+            save.tick = agreed.tick(trainer.progress)
             # One save at a time: what another one waits for is no faster in the background.
             _save_group(trainer, save, exact=exact, background=background and not others)
             open_plans = others
@@ -112,15 +139,22 @@ def _save_group(trainer: Trainer, save: InFlight, *, exact: bool, background: bo
     aside = trainer.checkpoint_stats.aside(trainer.progress, trainer.saves_in_flight)
     with aside, profile(trainer, "save_checkpoint"):
         contents = _contents(trainer, weights_only=weights_only, exact=exact, extra=extra)
+        background = background and all(plan.background for plan in plans)
         try:
-            if background and all(plan.background for plan in plans) and not writes_itself(trainer):
+            if trainer.strategy.sharded and not writes_itself(trainer):
+                report = _begin_sharded(trainer, save, contents, names, background, attempts)
+            elif background and not writes_itself(trainer):
                 _begin(trainer, save, contents, names, symlinks, attempts)
-                return
-            report = _write(trainer, contents, names, symlinks=symlinks, attempts=attempts)
+                report = None
+            else:
+                report = _write(trainer, contents, names, symlinks=symlinks, attempts=attempts)
         except StorageError as error:
             failed(trainer, save, error)
             roll_back(trainer, save.group)
             return
+    if report is None:
+        trainer.saves_in_flight.append(save)
+        return
     save.report = report
     if isinstance(trainer.strategy.own_checkpoint_io, AsyncCheckpointIO):
         trainer.saves_in_flight.append(save)
@@ -134,35 +168,82 @@ def _begin(
     symlinks: bool,
     attempts: int,
 ) -> None:
+    """Have rank 0 save in the background. Ranks: all. Blocks: until rank 0 has taken its snapshot."""
     payload, summary = contents
+    save.ended = _when_ended(trainer, save, names)
+    problem: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            save.pending = trainer.engine.save_in_background(
+                payload,
+                names[0],
+                names=names[1:],
+                symlinks=symlinks,
+                summary=summary,
+                late=late.tensors(trainer),
+                attempts=attempts,
+                on_end=lambda _: save.ended(),
+            )
+        except Exception as error:
+            problem = error
+    if agreed.together(trainer):
+        _, problem = agreed.outcome(trainer, None, problem)
+    if problem is not None:
+        raise problem
 
-    def ended(_: object) -> None:
-        # Called by another thread: the loop looks at the requests anyway, so that a step pays nothing for it.
+
+def _begin_sharded(
+    trainer: Trainer,
+    save: InFlight,
+    contents: tuple[dict[str, Any], dict[str, Any]],
+    names: list[str],
+    background: bool,
+    attempts: int,
+) -> SaveReport | None:
+    """Have every rank save its part; None: that goes on in the background. Ranks: all."""
+    from holdfast.training import sharded_saving
+
+    save.ended = _when_ended(trainer, save, names)
+    begun = sharded_saving.begin(
+        trainer, save, contents, names, background=background, attempts=attempts
+    )  # fmt: skip
+    if not isinstance(begun, SaveReport):
+        save.pending = begun
+        return None
+    tell_omissions(begun.omissions)
+    trainer.checkpoint_stats.add(begun)
+    return begun
+
+
+def _when_ended(trainer: Trainer, save: InFlight, names: list[str]) -> Callable[[], None]:
+    """What a thread calls when a save in the background is durable or has failed."""
+    together = agreed.together(trainer)
+
+    def ended() -> None:
         reserved.give_up(names)
-        trainer.save_requests.append(SETTLE)
+        if together:
+            agreed.post(trainer, agreed.SETTLED, agreed.key_of(save))
+        else:
+            # The loop looks at the requests anyway, so that a step pays nothing for it.
+            trainer.save_requests.append(SETTLE)
 
-    save.pending = trainer.engine.save_in_background(
-        payload,
-        names[0],
-        names=names[1:],
-        symlinks=symlinks,
-        summary=summary,
-        late=late.tensors(trainer),
-        attempts=attempts,
-        on_end=ended,
-    )
-    trainer.saves_in_flight.append(save)
+    return ended
 
 
 def end_of_fit(trainer: Trainer) -> None:
     """Have nothing in flight where training ends, and save what a snapshot that was thrown away held.
 
+    Ranks: all. What was posted to be done at a safe point and was not yet is done here.
+
     Raises:
         Exception: the one that ended the last save.
     """
+    if agreed.together(trainer):
+        agreed.finish(trainer)
     settle(trainer)
     if trainer.save_requests:
         trainer.safe_point()
+    agreed.share_stats(trainer)
 
 
 def save_now(
@@ -177,14 +258,30 @@ def save_now(
 
     Raises:
         StorageError: the disk refused this save, or the one before it, which was in the background.
+        RankFailed: a rank has gone on without calling it.
     """
-    path = os.path.abspath(os.fspath(filepath))
+    strategy, given = trainer.strategy, os.path.abspath(os.fspath(filepath))
+    before = strategy.alone
+    try:
+        path = agreed.meet_for_save(trainer, given)
+        if path is not None:
+            _save_now(trainer, path, weights_only, exact and not strategy.alone, storage_options)
+    finally:
+        strategy.alone = before
 
+
+def _save_now(
+    trainer: Trainer, path: str, weights_only: bool, exact: bool, storage_options: Any
+) -> None:  # fmt: skip
     def write() -> None:
         with trainer.checkpoint_stats.aside(trainer.progress, trainer.saves_in_flight):
             with profile(trainer, "save_checkpoint"):
                 contents = _contents(trainer, weights_only=weights_only, exact=exact, extra={})
-                _write(trainer, contents, [path], storage_options=storage_options)
+                if trainer.strategy.sharded and not writes_itself(trainer):
+                    save = InFlight([], None, "raise")
+                    _begin_sharded(trainer, save, contents, [path], background=False, attempts=1)
+                else:
+                    _write(trainer, contents, [path], storage_options=storage_options)
 
     try:
         settle(trainer)
@@ -242,6 +339,35 @@ def _write(
         ConfigError: storage options, and no plugin that takes them.
         StorageError: the disk refused.
     """
+    if not agreed.together(trainer):
+        return _write_here(trainer, contents, names, symlinks, storage_options, attempts)
+    report: SaveReport | None = None
+    problem: Exception | None = None
+    # A strategy of the user's may write with all ranks.
+    of_all = is_overridden("save_checkpoint", trainer.strategy)
+    if trainer.is_global_zero or of_all:
+        try:
+            report = _write_here(trainer, contents, names, symlinks, storage_options, attempts)
+        except Exception as error:
+            problem = error
+    wrote = report is not None
+    report, problem = agreed.outcome(trainer, report, problem, of_all=of_all)
+    if problem is not None:
+        raise problem
+    assert report is not None
+    if not wrote:
+        trainer.checkpoint_stats.add(report)
+    return report
+
+
+def _write_here(
+    trainer: Trainer,
+    contents: tuple[dict[str, Any], dict[str, Any]],
+    names: list[str],
+    symlinks: bool,
+    storage_options: Any,
+    attempts: int,
+) -> SaveReport:
     payload, summary = contents
     if writes_itself(trainer):
         report = _save_by_plugin(trainer, payload, names, summary, storage_options)

@@ -11,7 +11,10 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from holdfast.training import rng
+from holdfast.training.draws import Draws, at_once
 from holdfast.training.loader_kinds import is_known_sampler
+from holdfast.training.loader_parts import generators_of_samplers
+from holdfast.training.sharding import global_batches, parts_of, parts_of_sequence
 
 if TYPE_CHECKING:
     from holdfast.training.data import BatchStream
@@ -72,9 +75,58 @@ class SeededSampler:
     def _from_position(self) -> Iterator[Any]:
         stream = self._stream
         stream.note_begin()
-        if stream.has_foreign_sampler:
-            return self._apart(iter(self._inner), stream.position)
-        return _beyond(self._inner, stream.position)
+        shares, position, seed = stream.shares, stream.position, stream.shares.seed_of(stream.order_base)
+        if seed is None and shares.as_torch_cuts:
+            if stream.has_foreign_sampler:
+                return self._apart(iter(self._inner), position)
+            return _beyond(self._inner, position)
+        if seed is not None:
+            return self._by_seed(seed, position)
+        batches = self._by_foreign(position) if stream.has_foreign_sampler else self._global(position)
+        return parts_of(batches, shares.own_grid, rank=shares.rank, ranks=shares.ranks)
+
+    # -- an order that is cut into the batches of a job ------------------------------------------------------
+
+    def _order_of(self) -> Any:
+        """The sampler whose units are cut."""
+        return self._inner if self._stream.shares.batches is None else self._inner.sampler
+
+    def _by_seed(self, seed: int, position: int) -> Iterator[Any]:
+        """This rank's batches from a position on, of the order that a seed gives."""
+        stream, shares, order = self._stream, self._stream.shares, self._order_of()
+        grid, drop_last = shares.own_grid, shares.drop_last
+        rank, ranks = shares.rank, shares.ranks
+        known = at_once(order, seed)
+        if known is not None:
+            return parts_of_sequence(known, grid, position, drop_last=drop_last, rank=rank, ranks=ranks)
+        own = [generator for _, generator in generators_of_samplers(stream.loader)]
+        draws = Draws(seed, own)
+        with draws:
+            batches = self._global(position)
+        batches = draws.each(batches, lazily=bool(own) or stream.has_foreign_sampler)
+        return parts_of(batches, grid, rank=rank, ranks=ranks)
+
+    def _global(self, position: int) -> Iterator[list[Any]]:
+        shares = self._stream.shares
+        grid = shares.own_grid
+        units = _beyond(self._order_of(), grid.begin_of(position))
+        return self._cut(units, position)
+
+    def _cut(self, units: Iterator[Any], position: int) -> Iterator[list[Any]]:
+        shares = self._stream.shares
+        return global_batches(units, shares.own_grid, position, drop_last=shares.drop_last)
+
+    def _by_foreign(self, position: int) -> Iterator[list[Any]]:
+        """The global batches, of a sampler that may draw as it goes: see `_apart`."""
+        grid, units = self._stream.shares.own_grid, iter(self._order_of())
+        if not grid.of_rows:
+            return self._cut(self._apart(units, grid.begin_of(position)), position)
+        first_batch, first_unit = grid.first
+        if not first_unit:
+            return self._apart(self._cut(units, 0), position)
+        done = itertools.chain([None], self._cut(units, first_batch))
+        deque(itertools.islice(units, first_unit), maxlen=0)
+        return self._apart(done, 1 + position - first_batch)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that all of this happens when the first batch is asked for: DataLoader calls this
@@ -115,7 +167,7 @@ class SeededSampler:
         So it draws from the run's generators for the first batch, as torch's own do for the whole epoch, and
         from a stream of its own after that.
         """
-        base = rng.derive(self._stream.seed_base, "sampler")
+        base = rng.derive(self._stream.order_base, "sampler")
         if skip and next(inner, _END) is not _END:
             isolation = rng.Isolation()
             isolation.enter(base)

@@ -86,7 +86,7 @@ def _num_processes(value: Any) -> Translation:
 def _distributed(value: Any) -> Translation:
     """``accelerator="ddp"`` and its like, which said how processes work together, not where."""
     if value == "ddp_cpu":
-        return {"accelerator": "cpu", "strategy": "ddp_spawn"}, "accelerator='cpu', strategy='ddp_spawn'"
+        return {"accelerator": "cpu", "strategy": "ddp"}, "accelerator='cpu', strategy='ddp'"
     if value is None:
         return {}, "strategy='auto'"
     return {"strategy": value}, f"strategy={value!r}"

@@ -14,10 +14,12 @@ from holdfast.checkpoint.migrate import FORMAT_VERSION, LIGHTNING_VERSION
 from holdfast.checkpoint.origin import is_url, title
 from holdfast.checkpoint.payload import encode
 from holdfast.errors import CheckpointIncompatible
-from holdfast.training import command, own_generators, rng
+from holdfast.training import command, own_generators, rank_state, rng
 from holdfast.training.averages import say_if_averaged
 from holdfast.training.gradients import gradients
 from holdfast.training.hparams import stored
+from holdfast.training.merged_metrics import merge
+from holdfast.training.metric_objects import found_in
 from holdfast.training.model_changes import make_room
 from holdfast.training.model_changes import restore as restore_changes
 from holdfast.training.param_groups import groups_of, regroup
@@ -26,7 +28,7 @@ from holdfast.training.weights import load_weights, unstorable_extra_states
 from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.optimizer_state import load_optimizer_state
 from holdfast.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from holdfast.utilities.wrapped_names import plain_names, plain_state
+from holdfast.utilities.wrapped_names import plain_names, plain_state, put_buffers
 
 if TYPE_CHECKING:
     from holdfast.training.trainer import Trainer
@@ -47,6 +49,8 @@ def capture(trainer: Trainer, *, weights_only: bool, exact: bool) -> dict[str, A
     """
     module = trainer.lightning_module
     progress = trainer.progress
+    if not trainer.strategy.alone:
+        trainer.strategy.check_gradients()
     payload: dict[str, Any] = {
         "epoch": progress.epoch,
         "global_step": progress.global_step,
@@ -135,10 +139,11 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
     progress.limits = limits_of(trainer)
     # An epoch that a limit cut short can be gone on with by a run that has a higher one.
     mid_epoch = progress.stage in (BATCH, VALIDATED) or (progress.stage == END and progress.cut_short)
-    for logger in trainer.loggers:
+    for logger in trainer.loggers_here:
         # Rows up to here reach the disk before the checkpoint that counts on them.
         logger.save()
-    return {
+    inside_window = _inside_window(trainer) or trainer.strategy.adds_up_apart
+    run = {
         "format_version": FORMAT_VERSION,
         "kind": "full",
         "exact": exact,
@@ -149,7 +154,7 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
         "validation_data": None if loop is None else loop.validation_state(),
         "generators": [rng.capture()],
         "metrics": trainer.metrics.state_dict(module),
-        "gradients": gradients(trainer, half_window=_inside_window(trainer)),
+        "gradients": gradients(trainer, half_window=inside_window),
         "param_groups": groups_of(trainer.optimizers, module),
         "eval_modules": list(
             dict.fromkeys(
@@ -160,12 +165,15 @@ def _capture_run(trainer: Trainer, exact: bool) -> dict[str, Any]:
             plain(name) for name, parameter in module.named_parameters() if not parameter.requires_grad
         ],
         "loggers": [
-            {"type": type(logger).__qualname__, "state": logger.state_dict()} for logger in trainer.loggers
+            {"type": type(logger).__qualname__, "state": logger.state_dict()}
+            for logger in trainer.loggers_here
         ],
         "own_generators": _capture_own_generators(trainer),
         "command": command.facts(trainer),
         "environment": command.environment(trainer.strategy.root_device),
     }
+    rank_state.gather(trainer, run, inside_window=inside_window)
+    return run
 
 
 def limits_of(trainer: Trainer) -> list[Any]:
@@ -208,6 +216,10 @@ def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> set
     """
     held = {key for key in _LISTS if payload.get(key)}
     module, datamodule = trainer.lightning_module, trainer.datamodule
+    if trainer.strategy.shards_model:
+        from holdfast.training import sharded_loading
+
+        sharded_loading.place_weights(trainer, payload)
     if datamodule is not None:
         datamodule.on_load_checkpoint(payload)
         if type(datamodule).__qualname__ in payload:
@@ -217,6 +229,9 @@ def restore_model(trainer: Trainer, payload: dict[str, Any], source: str) -> set
         callback.on_load_checkpoint(trainer, module, payload)
     if trainer.state.fn == "fit":
         say_if_averaged(payload, source)
+    if trainer.strategy.shards_model:
+        # What a hook has put there is whole.
+        sharded_loading.spread_weights(trainer, payload)
     if is_overridden("load_model_state_dict", trainer.strategy):
         trainer.strategy.load_model_state_dict(payload, strict=module.strict_loading)
     else:
@@ -290,6 +305,10 @@ def restore_training(
         progress.stage = VALIDATED
     if "metrics" in run:
         device, module = trainer.strategy.root_device, trainer.lightning_module
+        if "metrics_of_ranks" in run:
+            run["metrics"] = merge(
+                run.pop("metrics_of_ranks"), found_in(module), trainer.global_rank, trainer.world_size
+            )
         trainer.metrics.load_state_dict(run["metrics"], device, module)
     for logger, saved in zip(trainer.loggers, run.get("loggers", []), strict=False):
         # Only a logger that writes on where that run wrote cuts its rows back to the checkpoint's.
@@ -298,6 +317,10 @@ def restore_training(
 
 
 def _restore_optimizers(trainer: Trainer, payload: dict[str, Any], source: str) -> None:
+    if trainer.strategy.shards_model:
+        from holdfast.training import sharded_loading
+
+        sharded_loading.place_optimizers(trainer, payload)
     if is_overridden("load_optimizer_state_dict", trainer.strategy):
         trainer.strategy.load_optimizer_state_dict(payload)
         return
@@ -351,15 +374,23 @@ def restore_run(trainer: Trainer, run: dict[str, Any]) -> None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad = plain(name) not in frozen
     kept = run.get("gradients")
+    if trainer.strategy.shards_model:
+        from holdfast.training import sharded_loading
+
+        kept = sharded_loading.place_gradients(trainer, run, inside_window=_inside_window(trainer))
     if kept is not None:
         for name, parameter in module.named_parameters():
             gradient = kept.get(plain(name))
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
     restore_changes(module, run.get("model") or {})
+    put_buffers(module, run.get("buffers") or {})
+    trainer.strategy.resume_training(
+        inside_window=_inside_window(trainer), reduction_order=run.get("reduction_order")
+    )
     for name, owner in _owners_of_generators(trainer).items():
         own_generators.restore(owner, run.get("own_generators", {}).get(name, {}))
     if "generators" in run:
-        for problem in rng.restore(run["generators"][0]):
+        for problem in rank_state.restore_generators(run["generators"][0]):
             rank_zero_warn(f"{problem}; this run will not be bit-identical to the one that never stopped.")
 
 

@@ -103,7 +103,10 @@ class StoppedFiles:
             at = self._earlier.get(path, lineage.stopped_at(path, self.run))
             return at is not None and at <= now and not lineage.is_same_file(path, _protected(trainer))
 
-        name = trainer.strategy.broadcast(naming.first_usable(name_of, reserving(usable), 1))
+        name = ""
+        if trainer.is_global_zero:
+            name = naming.first_usable(name_of, reserving(usable), 1)
+        name = trainer.strategy.broadcast(name)
         return SavePlan(names=(name,), summary_extra=lineage.stopped_extra(self.run, name, now))
 
     def saved(self, trainer: Trainer, plan: SavePlan) -> None:

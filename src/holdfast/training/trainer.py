@@ -26,7 +26,7 @@ from holdfast.training.metrics import MetricStore
 from holdfast.training.module import LightningModule
 from holdfast.training.optimization import AutomaticOptimization, ManualOptimization
 from holdfast.training.optimizer import LightningOptimizer
-from holdfast.training.plugins import sort_plugins
+from holdfast.training.plugins import environment_of, sort_plugins
 from holdfast.training.preemption import Preemption
 from holdfast.training.progress import Progress, TrainerFn, TrainerState, TrainerStatus
 from holdfast.training.requirements import as_module
@@ -44,9 +44,10 @@ class Trainer(RunView):
 
     Args:
         accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
-        strategy: "auto": one process on one device.
-        devices: 1 or "auto"; or a list with one GPU's index.
-        num_nodes: 1.
+        strategy: "auto", "ddp", "fsdp", or a Strategy; "auto" is one process where one device is asked for.
+        devices: How many of this machine's, each with a process of its own; "auto", or a list of GPUs'
+            indices.
+        num_nodes: Machines that train together.
         precision: "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true" or "64-true".
         logger: A logger or several; True for a CSVLogger, False for none.
         callbacks: A callback or several.
@@ -74,12 +75,12 @@ class Trainer(RunView):
         deterministic: True makes torch use deterministic algorithms or raise, "warn" warns instead.
         benchmark: Sets ``torch.backends.cudnn.benchmark``.
         inference_mode: Evaluate under `torch.inference_mode` rather than `torch.no_grad`.
-        use_distributed_sampler: Accepted: with one process there is nothing to distribute.
+        use_distributed_sampler: Give each process its part of every global batch; no to leave loaders alone.
         profiler: "simple", "advanced", "pytorch", or a Profiler: what takes how long.
         detect_anomaly: Sets `torch.autograd.set_detect_anomaly` for fit.
         barebones: Leave out all that costs time besides the steps, to see what these cost.
         plugins: A CheckpointIO of your own, a precision, a cluster environment; or a list of them.
-        sync_batchnorm: False: with one process there is nothing to synchronize.
+        sync_batchnorm: Have BatchNorm layers use the statistics of the global batch.
         reload_dataloaders_every_n_epochs: Ask for new loaders after this many epochs; 0 for never.
         default_root_dir: Where logs and checkpoints go; the working directory when None.
         enable_autolog_hparams: Send hyperparameters to the loggers when a run starts.
@@ -147,7 +148,7 @@ class Trainer(RunView):
         stop_signals: Sequence[int | str] = ("SIGTERM",),
     ) -> None:
         check = configuration.check_count
-        configuration.check_single_process(sync_batchnorm, model_registry)
+        configuration.check_registry(model_registry)
         self.barebones = barebones
         if barebones:
             configuration.check_barebones(
@@ -200,7 +201,10 @@ class Trainer(RunView):
         self.inference_mode = inference_mode
         self.detect_anomaly = detect_anomaly
         self.enable_autolog_hparams = enable_autolog_hparams
-        self.strategy = choose_strategy(strategy, accelerator, devices, num_nodes)
+        self.use_distributed_sampler = use_distributed_sampler
+        self.sync_batchnorm = sync_batchnorm
+        environment = environment_of(plugins)
+        self.strategy = choose_strategy(strategy, accelerator, devices, num_nodes, environment)
         self.precision_plugin, self.cluster_environment = sort_plugins(
             plugins, precision, self.strategy.root_device, self.strategy
         )
@@ -422,7 +426,7 @@ class Trainer(RunView):
 
         A value called "step" says where on the loggers' axis the others belong.
         """
-        if not self.loggers or not metrics:
+        if not metrics or not self.loggers or not self.is_global_zero:
             return
         values: dict[str, float] = {name: value.item() for name, value in metrics.items()}
         own_step = values.pop("step", None)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from holdfast.utilities import started  # noqa: F401  # so early that no script has gone elsewhere
 from holdfast.utilities.collector import uncollected
 
 

@@ -35,11 +35,11 @@ if not logger.handlers:
 
 
 def _rank_from_environment() -> int:
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"):
-        value = os.environ.get(name)
-        if value is not None:
-            return int(value)
-    return 0
+    """The rank that a launcher gave this process; without one, any but 0 unless it is the first."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    names = ("SLURM_PROCID", "JSM_NAMESPACE_RANK", "LOCAL_RANK", "NODE_RANK")
+    return next((rank for name in names if (rank := int(os.environ.get(name) or 0))), 0)
 
 
 def rank_zero_only(fn: Callable[P, T]) -> Callable[P, T | None]:
