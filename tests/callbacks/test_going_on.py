@@ -140,6 +140,21 @@ def test_a_moved_directory_keeps_its_best(tmp_path: Path) -> None:
     }
 
 
+def test_in_a_copied_directory_the_files_of_the_original_take_no_place_among_the_best(tmp_path: Path) -> None:
+    first_life(tmp_path, [1.0, 3.0, 2.0], save_last=True)
+    (tmp_path / "a" / "epoch=2-step=18.ckpt").unlink()  # so that the best are made again from the files
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    callback = ModelCheckpoint(dirpath=tmp_path / "b", monitor="val_loss", save_top_k=2, save_last=True)
+    trainer = start(tmp_path, callback, str(tmp_path / "b" / "last.ckpt"), automatically=True)
+    trainer.epoch(val_loss=1.5)
+    assert steps_of(tmp_path / "b") == {
+        "epoch=0-step=6.ckpt": 6,
+        "epoch=3-step=24.ckpt": 24,
+        "last.ckpt": 24,
+    }
+    assert steps_of(tmp_path / "a") == {"epoch=0-step=6.ckpt": 6, "last.ckpt": 18}
+
+
 def test_a_changed_interval_keeps_the_best(tmp_path: Path) -> None:
     first_life(tmp_path, [1.0, 3.0, 2.0])
     callback = ModelCheckpoint(

@@ -229,7 +229,7 @@ def hold_on(agreement: Agreement) -> None:
         ),
         ("elsewhere", "Ranks have come apart: rank 0 is at saving, rank 1 is at validating. " + RULE),
         ("failed", "rank 1 failed with ValueError: no."),
-        ("ended", "saving: rank 1 is gone: its script has ended."),
+        ("ended", "saving: rank 1 is gone: its script has ended. " + RULE),
         ("late", ""),
     ],
 )

@@ -254,6 +254,28 @@ def test_weights_that_are_not_gathered_by_their_part(tmp_path: Any) -> None:
     assert run_ranks(fit_ignoring, str(tmp_path), set()) == ["trained"] * 2
 
 
+def fit_synced(root: str) -> str:
+    trainer = trainer_for("fsdp", root, enable_checkpointing=False, sync_batchnorm=True)
+    trainer.fit(Net(), loader())  # has no such layers
+    try:
+        trainer.fit(Net(norm=True), loader())
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+def test_batchnorm_layers_are_not_synchronized_which_is_said(tmp_path: Any) -> None:
+    assert (
+        run_ranks(fit_synced, str(tmp_path))
+        == [
+            "Trainer(sync_batchnorm=True): strategy='fsdp' does not replace BatchNorm layers, and Net has some. Use "
+            "strategy='ddp', or leave sync_batchnorm out: each process then uses the statistics of its own part of "
+            "a batch."
+        ]
+        * 2
+    )
+
+
 # -- number formats ------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,12 @@ class View:
                     return place
             return ""
 
+        def copied(path: str) -> bool:
+            # Where a directory was copied and the original is still there, a file counts once.
+            inside = os.path.relpath(path, moved_from)
+            here = path if inside.startswith(os.pardir) else os.path.join(directory, inside)
+            return here != path and here in found
+
         # ``last`` may be newer than the resumed step; it still is the name that the next save takes over.
         last = os.path.join(directory, os.path.basename(self.last_model_path)) if self.last_model_path else ""
         moved = replace(self, last_model_path=last if last in found else where(self.last_model_path))
@@ -114,7 +120,7 @@ class View:
         alive = {place: self.best_k_models[path] for path, place in places.items() if place}
         if not complete or len(alive) < len(places):
             remembered = [Ranked(path, score.item()) for path, score in alive.items()]
-            others = [one for path, one in found.items() if path not in written_since]
+            others = [one for path, one in found.items() if path not in written_since and not copied(path)]
             stay = rebuild(remembered, others, run=run, step=step, k=k, mode=mode)
             alive = {one.path: alive.get(one.path, as_scalar(one.score)) for one in stay}
         return moved.with_models(alive, k, mode)

@@ -25,16 +25,16 @@ _HOMES = {
     "TorchCheckpointIO": "holdfast.checkpoint.checkpoint_io",
 }
 
-_ONE = "One process is what there is so far, and it has nothing to synchronize."
+_SYNC = "Use Trainer(sync_batchnorm=True)."
 _EIGHT_BITS = "Use MixedPrecision('bf16-mixed', device), or Trainer(precision='bf16-true')."
 
 # What Lightning has here and holdfast has not, and what to use instead.
 _LEFT_OUT = {
     "BitsandbytesPrecision": _EIGHT_BITS,
     "DeepSpeedPrecision": _EIGHT_BITS,
-    "FSDPPrecision": _EIGHT_BITS,
-    "LayerSync": _ONE,
-    "TorchSyncBatchNorm": _ONE,
+    "FSDPPrecision": "Use Trainer(precision=...), or FSDPStrategy(mixed_precision=...).",
+    "LayerSync": _SYNC,
+    "TorchSyncBatchNorm": _SYNC,
     "TransformerEnginePrecision": _EIGHT_BITS,
     "XLACheckpointIO": "TPUs are not supported: use TorchCheckpointIO.",
     "XLAPrecision": "TPUs are not supported: use MixedPrecision.",

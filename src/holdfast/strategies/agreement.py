@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import RankFailed
-from holdfast.strategies.chair import END_OF_FIT, Chair
+from holdfast.strategies.chair import END_OF_FIT, SCRIPT_ENDED, Chair
 from holdfast.strategies.mailbox import Mailbox
 from holdfast.utilities.rank_zero import rank_zero_info
 
@@ -323,7 +323,7 @@ class Agreement:
 
     def _zero_bye(self, rank: int) -> None:
         assert self._chair is not None
-        self._chair.gone(rank, "its script has ended")
+        self._chair.gone(rank, SCRIPT_ENDED)
         with self._changed:
             self._changed.notify_all()
 

@@ -196,8 +196,13 @@ class Strategy(ABC):
             self._precision_plugin.convert_module(module)
         self.model_to_device()
 
-    def after_request(self, trainer: Trainer) -> None:
-        """Called when fit, validate, test or predict is over, and it went well."""
+    def after_request(self, trainer: Trainer, serve: Callable[[Any], None]) -> None:
+        """Called when fit, validate, test or predict is over, and it went well.
+
+        Args:
+            trainer: Whose request it was.
+            serve: Does this process's part of what rank 0 asks for, should it wait for rank 0 here.
+        """
 
     def explain(self, error: BaseException) -> BaseException:
         """What really ended a request: the error, or what another process did that is behind it."""
@@ -243,6 +248,14 @@ class Strategy(ABC):
     def handles_gradient_accumulation(self) -> bool:
         """Whether it counts batches between steps itself; here the loop does."""
         return False
+
+    def call_others(self, request: Any) -> AbstractContextManager[bool]:
+        """Have processes that wait for this one do a part of what follows; the context gives whether they do.
+
+        Args:
+            request: What `after_request` is to serve in each of them.
+        """
+        return nullcontext(False)
 
     def block_backward_sync(self) -> AbstractContextManager[None]:
         """A context for a backward behind which no step comes yet: processes need not agree on gradients."""

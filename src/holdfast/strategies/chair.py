@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 END_OF_FIT = "the end of the fit"
+SCRIPT_ENDED = "its script has ended"
 """The meeting at which all that is still to be done is due."""
 
 
@@ -138,9 +139,9 @@ class Chair:
                 del self._meetings[number]
                 self._to_all(["met", number, self._left_over() if meeting.name == END_OF_FIT else []])
             elif gone := [rank for rank in self._gone if rank not in meeting.came]:
-                self._apart(
-                    number, f"{meeting.name}: {_ranks(gone)} {_is(gone)} gone: {self._gone[gone[0]]}."
-                )
+                why = self._gone[gone[0]]
+                rule = f" {meeting.rule}" if why == SCRIPT_ENDED else ""
+                self._apart(number, f"{meeting.name}: {_ranks(gone)} {_is(gone)} gone: {why}.{rule}")
 
     def _left_over(self) -> list[list[Any]]:
         found = [action for at, action in self._posts if at == self.fit]

@@ -7,9 +7,11 @@ import os
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -56,6 +58,7 @@ class Connection:
         self._groups: list[Any] = []
         """Those of before, for as long as something else may hold them."""
         self._raw: Any = None
+        self._last: Any = None
         self._watch: Watch | None = None
         self._rank, self._world_size = 0, 1
         self._backend = ""
@@ -127,12 +130,48 @@ class Connection:
             self._sockets |= open_sockets() - before
         return self._saving
 
-    def done(self) -> None:
-        """A request is over, and went well. In a process that rank 0 has started: wait for more, or end."""
+    def done(self, of: Any, serve: Callable[[Any], None]) -> None:
+        """A request is over, and went well. In a process that rank 0 has started: wait for more, or end.
+
+        Args:
+            of: Whose request it was.
+            serve: Takes part in what rank 0 calls the others for while they wait.
+        """
         self._busy = launcher.busy = False
+        self._last = of
         line = line_to_rank_zero()
         if line is not None:
-            line.wait_for_more()
+            line.wait_for_more(partial(self._served, serve))
+
+    def _served(self, serve: Callable[[Any], None], request: Any) -> None:
+        self._busy = True
+        try:
+            serve(request)
+        except Exception as error:
+            self._raise_explained(error)
+        self._busy = False
+
+    @contextmanager
+    def call_others(self, caller: Any, request: Any) -> Iterator[bool]:
+        """A context in which the processes that wait behind the last request do what rank 0 does.
+
+        Ranks: rank 0, where it has started the others; anywhere else, and if that request was not the
+        caller's, False is what the context gives.
+        """
+        waiting = launcher.children and self._joined and not self._busy and self._last is caller
+        if not waiting or self.failure is not None:
+            yield False
+            return
+        launcher.serve(request)
+        self._busy = launcher.busy = True
+        try:
+            yield True
+        except Exception as error:
+            if is_of_communication(error):
+                self._raise_explained(error)
+            raise
+        finally:
+            self._busy = launcher.busy = False
 
     def explain(self, error: BaseException) -> BaseException:
         """What really ended a request: the error itself, or another rank's failure. The others are told.
@@ -168,7 +207,9 @@ class Connection:
         wait_s = _ACKNOWLEDGED_WITHIN_S if self._hosts else 0.0
         watch.tell(theirs or of_error(self._rank, error), wait_s=wait_s)
         self._let_go(failed=True)
-        return error if theirs is None else theirs.error()
+        told = error if theirs is None else theirs.error()
+        # What says the same already needs no second traceback above it.
+        return error if type(error) is type(told) and str(error) == str(told) else told
 
     @property
     def between_requests(self) -> bool:
@@ -200,6 +241,12 @@ class Connection:
             if failure is not None and failure.rank != self._rank:
                 self._watch.tell(failure)
                 raise failure.error()
+
+    def _raise_explained(self, error: Exception) -> NoReturn:
+        told = self.explain(error)
+        if told is error:
+            raise error
+        raise told from error
 
     # -- joining ---------------------------------------------------------------------------------------------
 

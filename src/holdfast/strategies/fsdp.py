@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from holdfast.errors import ConfigError
 from holdfast.strategies.connection import connection
@@ -153,11 +154,22 @@ class FSDPStrategy(ParallelStrategy):
     # -- a run -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer) -> None:
-        """Shard the module, which has the run's number format by then; for each module once. Ranks: all."""
+        """Shard the module, which has the run's number format by then; for each module once. Ranks: all.
+
+        Raises:
+            ConfigError: BatchNorm layers are to be synchronized, which is not done here.
+        """
         if self._accelerator is not None:
             self._accelerator.setup(trainer)
         module, precision = trainer.lightning_module, self._precision_plugin
         assert precision is not None
+        layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        if trainer.sync_batchnorm and not all(isinstance(part, nn.SyncBatchNorm) for part in layers):
+            raise ConfigError(
+                f"Trainer(sync_batchnorm=True): strategy='fsdp' does not replace BatchNorm layers, and "
+                f"{type(module).__name__} has some. Use strategy='ddp', or leave sync_batchnorm out: each "
+                "process then uses the statistics of its own part of a batch."
+            )
         known: Any = module.__dict__.get(ROOT)
         if known is None and not is_sharded(module):
             precision.convert_module(module)

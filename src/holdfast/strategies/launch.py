@@ -72,13 +72,15 @@ class Launcher:
         """
         command = [sys.executable, *command_to_run_again(processes)]
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(_threads(processes))}
+        # Where rank 0 is gone its store is, which torch warns of with a hundred lines of its own stack.
+        quiet = {} if "TORCH_CPP_LOG_LEVEL" in os.environ else {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         first = environment.global_rank()
         for local_rank in range(1, processes):
             reading, writing = os.pipe()
             variables = {
                 "RANK": str(first + local_rank), "LOCAL_RANK": str(local_rank),
                 "NODE_RANK": str(environment.node_rank()), "WORLD_SIZE": str(environment.world_size()),
-                "MASTER_ADDR": address, "MASTER_PORT": str(port), PIPE: str(reading), **threads,
+                "MASTER_ADDR": address, "MASTER_PORT": str(port), PIPE: str(reading), **threads, **quiet,
             }  # fmt: skip
             child = subprocess.Popen(
                 command, env={**os.environ, **variables}, cwd=started.directory, pass_fds=(reading,),
@@ -118,6 +120,12 @@ class Launcher:
                 with suppress(subprocess.TimeoutExpired):
                     code = self.children[rank].wait(5)
                 raise of_exit_code(rank, 0 if code is None else code).error() from None
+
+    def serve(self, request: Any) -> None:
+        """Have the started processes, which wait behind a request, take part in something, and wait on."""
+        told = pickle.dumps(("serve", request))
+        for line in self._lines:
+            _write(line, _HEAD.pack(len(told)) + told)
 
     def close(self) -> None:
         """Let the started processes end. Blocks: until they have; what does not end in time is killed."""
@@ -192,7 +200,8 @@ class Line:
     def __init__(self, reading: int) -> None:
         os.set_inheritable(reading, False)
         self._reading = reading
-        self._messages: SimpleQueue[list[Any] | None] = SimpleQueue()
+        self._messages: SimpleQueue[list[Any] | tuple[str, Any] | None] = SimpleQueue()
+        self._serve: Callable[[Any], None] | None = None
         self._outcomes: deque[Any] | None = None
         self.was_alone = False
         """Whether rank 0 has run requests alone before the one that runs."""
@@ -213,11 +222,15 @@ class Line:
         """The request ended with an error, which takes this process further, or ends it."""
         self.state = "on the way"
 
-    def wait_for_more(self) -> None:
+    def wait_for_more(self, serve: Callable[[Any], None]) -> None:
         """Wait until rank 0 runs a further request; when it ends, this process ends here.
 
         What follows the request in the script so runs once.
+
+        Args:
+            serve: Takes part, meanwhile, in what rank 0 asks for.
         """
+        self._serve = serve
         self._hear()
 
     def outcome(self) -> Any:
@@ -238,6 +251,12 @@ class Line:
     def _hear(self) -> None:
         self.state = "waiting"
         message = self._messages.get()
+        while isinstance(message, tuple):
+            assert self._serve is not None
+            self.state = "busy"
+            self._serve(message[1])
+            self.state = "waiting"
+            message = self._messages.get()
         if message is None:
             leave(0)
         self.state = "on the way"

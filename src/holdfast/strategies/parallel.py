@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -157,9 +159,13 @@ class ParallelStrategy(Strategy):
                 if not tensor.is_meta:
                     dist.broadcast(tensor.detach(), 0, group=self._group_for(tensor, None))
 
-    def after_request(self, trainer: Trainer) -> None:
+    def after_request(self, trainer: Trainer, serve: Callable[[Any], None]) -> None:
         """Called when a request to the trainer is over: a process that rank 0 has started goes no further."""
-        connection.done()
+        connection.done(self, serve)
+
+    def call_others(self, request: Any) -> AbstractContextManager[bool]:
+        """Have the processes that wait behind a request of this trainer take part in what follows."""
+        return connection.call_others(self, request)
 
     def explain(self, error: BaseException) -> BaseException:
         """What really ended a request: the error, or a failure elsewhere behind it; the others are told."""

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.callbacks.base import Checkpoint
-from holdfast.errors import HoldfastError
+from holdfast.errors import ConfigError, HoldfastError
 from holdfast.strategies.launch import launcher, line_to_rank_zero
 from holdfast.training.progress import END, Progress, TrainerStatus
 from holdfast.training.validation_schedule import Stopwatch
@@ -254,6 +254,20 @@ def meet_for_save(trainer: Trainer, path: str) -> str | None:
         return path if trainer.is_global_zero else None
     agreement.meet("trainer.save_checkpoint", _ON_EVERY_RANK)
     return strategy.broadcast(path)
+
+
+def refuse_alone(trainer: Trainer, path: str) -> None:
+    """Refuse to save parts of a model without the processes that hold the others.
+
+    Raises:
+        ConfigError: they are elsewhere.
+    """
+    if trainer.strategy.shards_model and trainer.strategy.alone and trainer.world_size > 1:
+        raise ConfigError(
+            f"trainer.save_checkpoint({path!r}): each process holds a part of this model, and the others are "
+            "elsewhere: behind a request of another trainer, or gone. Save before that, or go on from a "
+            "checkpoint that ModelCheckpoint has saved."
+        )
 
 
 # -- outcomes ------------------------------------------------------------------------------------------------

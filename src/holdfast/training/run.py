@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -33,6 +34,7 @@ from holdfast.training.requirements import (
     say_half_a_validation,
 )
 from holdfast.training.resume import Resolved, resolve
+from holdfast.training.saving import take_part
 from holdfast.training.sources import find_loader, find_train_loader, has_loader
 from holdfast.utilities.model_helpers import is_overridden
 from holdfast.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -70,7 +72,7 @@ def _requested(trainer: Trainer, fn: TrainerFn, run: Callable[[], T]) -> T:
     else:
         with trainer.preemption.listening(trainer):
             result = _guarded(trainer, fn, run)
-    trainer.strategy.after_request(trainer)
+    trainer.strategy.after_request(trainer, partial(take_part, trainer))
     return result
 
 

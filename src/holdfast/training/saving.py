@@ -66,7 +66,7 @@ def _carry_out_all(trainer: Trainer, exact: bool) -> None:
         elif not settles:
             return
         wait = True
-    elif trainer.strategy.alone and (not trainer.is_global_zero or trainer.strategy.sharded):
+    elif trainer.strategy.alone and (not trainer.is_global_zero or trainer.strategy.shards_model):
         # One process alone cannot put together what all of them hold; else rank 0 does.
         settle(trainer)
         return
@@ -263,11 +263,18 @@ def save_now(
     strategy, given = trainer.strategy, os.path.abspath(os.fspath(filepath))
     before = strategy.alone
     try:
-        path = agreed.meet_for_save(trainer, given)
-        if path is not None:
-            _save_now(trainer, path, weights_only, exact and not strategy.alone, storage_options)
+        with strategy.call_others((given, weights_only, exact, storage_options)) as called:
+            path = given if called else agreed.meet_for_save(trainer, given)
+            if path is not None:
+                _save_now(trainer, path, weights_only, exact and not strategy.alone, storage_options)
     finally:
         strategy.alone = before
+
+
+def take_part(trainer: Trainer, request: tuple[str, bool, bool, Any]) -> None:
+    """Save with rank 0, which has called this process for it from behind a request; what fails it raises."""
+    with suppress(StorageError):
+        _save_now(trainer, *request)
 
 
 def _save_now(
@@ -276,6 +283,7 @@ def _save_now(
     def write() -> None:
         with trainer.checkpoint_stats.aside(trainer.progress, trainer.saves_in_flight):
             with profile(trainer, "save_checkpoint"):
+                agreed.refuse_alone(trainer, path)
                 contents = _contents(trainer, weights_only=weights_only, exact=exact, extra={})
                 if trainer.strategy.sharded and not writes_itself(trainer):
                     save = InFlight([], None, "raise")
