@@ -1,13 +1,13 @@
 # One virtual environment, seven verbs. Nothing has to be installed by hand.
 #
-#   make demo     train, kill, start again, compare bit for bit
-#   make demo-ddp the same with two processes, one of which is killed
-#   make test     the whole test suite
-#   make check    ruff, mypy --strict, the architecture tests
-#   make soak     damage files at random for FUZZ minutes (5), then search for a resumed run that differs, for
-#                 MINUTES (60); SEED=n starts elsewhere
-#   make bench    step overhead, import time, saving and loading beside their peers
-#   make clean    remove the environment and caches; runs/ stays
+#   make demo      train, kill, start again, compare bit for bit
+#   make demo-ddp  the same with two processes, one of which is killed
+#   make test      the whole test suite
+#   make check     ruff, mypy --strict, the architecture tests
+#   make soak      damage files at random for FUZZ minutes (5), then search for a resumed run that differs, for
+#                  MINUTES (60); SEED=n starts elsewhere
+#   make bench     step overhead, import time, saving and loading beside their peers
+#   make clean     remove the environment and caches; runs/ stays
 #
 # PYTHON=python3.12      which Python makes the environment (3.10 or newer)
 # TORCH="torch==2.13.0"  what pip is asked for when the environment has no torch yet
@@ -31,13 +31,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 .NOTPARALLEL:
 
 help:
-	@echo 'make demo     train on real digits, kill -9 in mid-epoch, start again, compare bit for bit'
-	@echo 'make demo-ddp two processes, kill -9 of one, started again by torchrun, compared, and gone on with in one'
-	@echo 'make test     run the whole test suite'
-	@echo 'make check    ruff, mypy --strict on the package, the architecture tests'
-	@echo 'make soak     damage files for FUZZ=5 minutes, look for resumed runs that differ for MINUTES=60; SEED=n'
-	@echo 'make bench    steps, imports, saving and loading beside their peers: three quarters of an hour'
-	@echo 'make clean    remove the environment and caches; runs/ stays'
+	@echo 'make demo      train on real digits, kill -9 in mid-epoch, start again, compare bit for bit'
+	@echo 'make demo-ddp  two processes, kill -9 of one, started again by torchrun, compared, and gone on with in one'
+	@echo 'make test      run the whole test suite'
+	@echo 'make check     ruff, mypy --strict on the package, the architecture tests'
+	@echo 'make soak      damage files for FUZZ=5 minutes, look for resumed runs that differ for MINUTES=60; SEED=n'
+	@echo 'make bench     steps, imports, saving and loading beside their peers: three quarters of an hour'
+	@echo 'make clean     remove the environment and caches; runs/ stays'
 	@echo
 	@echo 'Each of them makes $(VENV) and installs what it needs first. Variables: PYTHON TORCH VENV ARGS SEED MINUTES FUZZ'
 
